@@ -1,0 +1,36 @@
+# make demo       install, generate data, prepare, train, evaluate (a few minutes on two cores)
+# make test       install, lint, tests (at most 12 minutes on two cores)
+# make test-all   the longer checks: many compiles, kill loops, studies in small
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/demo
+SOURCES := ctr_jax sparsectr_jax baselines_jax seqvault configs benchmarks examples tests train.py eval.py
+JOBS ?= 2
+
+.PHONY: demo test test-all lint clean
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python train.py --config=configs/sparsectr_alibaba.py:demo --workdir=$(WORKDIR)
+	$(BIN)/python eval.py --config=configs/sparsectr_alibaba.py:demo --workdir=$(WORKDIR)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check $(wildcard $(SOURCES))
+	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+
+test: lint
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m 'not slow' --durations 10
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow --durations 10
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs prepared raw .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,22 @@
+"""Raw logs -> prepared data set -> RequestBatch stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def open_data(config: ConfigDict):
+    """The prepared data set that `config.data` describes, generated and prepared if need be.
+
+    Returns:
+      PreparedData.
+    Raises:
+      DataError: raw files are absent or bad; one line that names file, place and value.
+    """
+    from ctr_jax.data import prepare, records, synthetic
+
+    if config.data.get("generate") is not None:
+        synthetic.generate(Path(config.data.raw_dir), synthetic.SyntheticConfig(**config.data.generate))
+    return records.PreparedData.open(prepare.prepare(config.data))

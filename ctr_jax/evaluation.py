@@ -1,0 +1,148 @@
+"""Evaluation of checkpoints, apart from training: one step, or each new one as it appears."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from ctr_jax import reports, sharding, steps
+from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
+from ctr_jax.config import identity
+from ctr_jax.data import open_data, pipeline
+from ctr_jax.data.records import PreparedData
+from ctr_jax.metrics import ScoreLog
+from ctr_jax.optimizers import resolve_steps
+from ctr_jax.writers import Progress, write_json
+
+POLL_SECONDS = 5.0
+
+
+def score_split(
+    config: ConfigDict,
+    data: PreparedData,
+    split: str,
+    mesh: jax.sharding.Mesh,
+    score_step: Callable,
+    weights: dict,
+) -> ScoreLog:
+    """Scores every request of a split; rows that only fill the last batch count nowhere."""
+    requests = data.split(split)
+    scores = ScoreLog(slices=tuple(config.slices))
+    total = -(-len(requests) // config.eval_batch_size)
+    progress = Progress(total, 0, f"score {split}")
+    pending = None
+    for batch in pipeline.eval_batches(
+        requests, batch_size=config.eval_batch_size, history_length=config.history_length
+    ):
+        logits = score_step(weights, sharding.put_batch(batch, mesh))
+        if pending is not None:  # one batch behind, so that the device works while the host adds
+            scores.add(pending[0], jax.device_get(pending[1]))
+        pending = (batch, logits)
+        progress.advance()
+    if pending is not None:
+        scores.add(pending[0], jax.device_get(pending[1]))
+    progress.close()
+    return scores
+
+
+def evaluate(
+    config: ConfigDict,
+    workdir: str | Path,
+    step: int | None = None,
+    watch: bool = False,
+    splits: Sequence[str] = ("valid", "test"),
+    relative_to: str | Path | None = None,
+) -> dict:
+    """Evaluates checkpoints of `workdir` and writes metrics, results.json and plots there.
+
+    Args:
+      step: which checkpoint; None = the best by `config.best_metric` as far as measured, else the
+        newest.
+      watch: evaluate each checkpoint as it appears, until training is done.
+      relative_to: another run's workdir, whose results RelaImpr is measured against.
+    Returns:
+      the content of results.json.
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ConfigMismatch: the checkpoint was made with another model or data set.
+    """
+    workdir = Path(workdir)
+    data = open_data(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    unit = dict(batch_size=config.batch_size, examples=len(data.split("train")))
+    experiment = steps.bind(config, data.spec, mesh, resolve_steps("total", config, **unit))
+    score_step, shapes = steps.score_step(experiment), steps.state_shapes(experiment)
+    shapes = {k: shapes[k] for k in ("tables", "model", "model_state", "step")}
+
+    results: dict = {}
+    checkpoints = Checkpoints(workdir, read_only=True)
+    for at in _new_steps(checkpoints) if watch else [_chosen(checkpoints, step, config)]:
+        with _marked(checkpoints, at):
+            saved = checkpoints.identity(at)
+            refuse_mismatch(saved, identity(config, data.spec.content_hash), workdir)
+            weights = checkpoints.restore(shapes, identity=None, step=at)
+            weights.pop("step")
+            logs = {s: score_split(config, data, s, mesh, score_step, weights) for s in splits}
+        measured = {split: log.results() for split, log in logs.items()}
+        write_json(checkpoints.metrics_path(at), {**checkpoints.metrics(at), **measured})
+        results = {
+            "name": config.name,
+            "step": at,
+            "data_hash": data.spec.content_hash,
+            **measured,
+            "environment": reports.environment(),
+        }
+        if relative_to is not None:
+            results["relative"] = reports.relative(results, relative_to)
+        write_json(workdir / "results.json", results)
+        for split, log in logs.items():
+            reports.plot(log, workdir / "plots", title=f"{config.name}, {split}, step {at}",
+                         prefix=split)  # fmt: skip
+        logging.info("step %d\n%s", at, reports.format_results(results))
+    return results
+
+
+def _chosen(checkpoints: Checkpoints, step: int | None, config: ConfigDict) -> int:
+    steps_there = checkpoints.steps()
+    if not steps_there:
+        raise FileNotFoundError(f"no checkpoint in {checkpoints.workdir}; train it first")
+    if step is not None:
+        if step not in steps_there:
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {checkpoints.workdir}; there are {steps_there}"
+            )
+        return step
+    return checkpoints.best(config.best_metric) or steps_there[-1]
+
+
+def _new_steps(checkpoints: Checkpoints) -> Iterator[int]:
+    """Each finished step once, until the trainer says it is done and all are seen."""
+    seen: set[int] = set()
+    while True:
+        done = (checkpoints.workdir / "train_done.json").exists()
+        fresh = [s for s in checkpoints.steps() if s not in seen]
+        for at in fresh:
+            seen.add(at)
+            yield at
+        if done and not fresh:
+            return
+        if not fresh:
+            time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _marked(checkpoints: Checkpoints, step: int):
+    """Holds the marker that keeps the trainer from deleting a step while it is read."""
+    marker = checkpoints.marker_path(step)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    try:
+        yield
+    finally:
+        marker.unlink(missing_ok=True)

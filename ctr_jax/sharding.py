@@ -1,0 +1,71 @@
+"""Meshes and sharding rules: which device holds what, as data.
+
+A rule is (regex over the parameter's path, PartitionSpec); the first that matches decides, and
+what none matches is replicated. Axes: "data" splits the requests of a batch, "table" the rows of
+the embedding tables. One device is the 1 x 1 mesh, so there is one code path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA, TABLE = "data", "table"
+BATCH = PartitionSpec(DATA)
+
+# Rows of the tables, and of their optimizer's moments, over the "table" axis; all else everywhere.
+STATE_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"^(tables|table_opt)/", PartitionSpec(TABLE)),
+    (r".*", PartitionSpec()),
+)
+
+
+def make_mesh(data: int = -1, table: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, table) mesh with Auto axes; data = -1 takes all devices that table leaves.
+
+    Raises:
+      ValueError: the sizes do not divide the devices at hand.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    if data == -1:
+        data = len(devices) // table
+    if data < 1 or table < 1 or data * table > len(devices):
+        raise ValueError(
+            f"mesh data={data} x table={table} needs {max(data, 1) * table} devices, "
+            f"there are {len(devices)}"
+        )
+    return jax.make_mesh(
+        (data, table),
+        (DATA, TABLE),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices[: data * table],
+    )
+
+
+def path_name(path: tuple) -> str:
+    """A pytree key path as "a/b/c"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def shardings(tree, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = STATE_RULES):
+    """A tree of NamedSharding for `tree` (arrays or shapes), by the first rule that matches.
+
+    A leaf with fewer axes than its rule names (a scalar moment, say) is replicated.
+    """
+
+    def rule_for(path, leaf):
+        for pattern, spec in rules:
+            if re.search(pattern, path_name(path)):
+                return NamedSharding(mesh, spec if len(spec) <= leaf.ndim else PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(rule_for, tree)
+
+
+def put_batch(batch, mesh: Mesh):
+    """Host arrays of this process's share of a batch -> global arrays split over the data axis."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

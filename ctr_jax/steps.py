@@ -1,0 +1,215 @@
+"""The pure functions of a run: initial state, one training step, scores of a batch.
+
+State: {"tables", "table_opt", "model", "model_state", "opt", "step"}. A step looks the batch's
+rows up once, differentiates with respect to those rows and the model's parameters only, and
+updates only the rows it touched: nothing in it grows with the vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ctr_jax import embedding, losses, optimizers, sharding
+from ctr_jax.batch import RequestBatch
+from ctr_jax.features import GROUPS, Column, DataSpec, table_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config bound to a data set and a mesh: everything static that the steps close over."""
+
+    config: ConfigDict
+    spec: DataSpec
+    mesh: Mesh
+    model: Any
+    columns: tuple[Column, ...]
+    optimizer: optax.GradientTransformation
+    table_optimizer: Any
+    total_steps: int
+
+
+def bind(config: ConfigDict, spec: DataSpec, mesh: Mesh, total_steps: int) -> Experiment:
+    """Builds the model that the config names, its columns and its optimizers."""
+    module = importlib.import_module(config.model_module)
+    model, columns = module.build(config.model, spec)
+    tables = config.table_optimizer
+    table_optimizer = embedding.table_optimizer(
+        tables.name,
+        learning_rate=optimizers.schedule(tables, total_steps),
+        b1=tables.b1,
+        b2=tables.b2,
+        eps=tables.eps,
+        initial_accumulator=tables.initial_accumulator,
+        weight_decay=tables.weight_decay,
+    )
+    dense = optimizers.dense_optimizer(config.optimizer, total_steps)
+    return Experiment(config, spec, mesh, model, columns, dense, table_optimizer, total_steps)
+
+
+def empty_batch(spec: DataSpec, rows: int, history_length: int) -> RequestBatch:
+    """`rows` requests that hold nothing: the shapes of a batch, for initialisation and tracing."""
+    leading = {
+        "user": (rows,),
+        "context": (rows,),
+        "behaviour": (rows, history_length),
+        "candidate": (rows, spec.max_candidates),
+    }
+    groups = {
+        g: {
+            c.name: np.zeros(leading[g], np.int32 if c.kind == "id" else np.float32)
+            for c in spec.group(g)
+        }
+        for g in GROUPS
+    }
+    zeros = np.zeros((rows,), np.int32)
+    return RequestBatch(
+        user_id=zeros,
+        request_id=zeros,
+        request_time=zeros,
+        **groups,
+        behaviour_time=np.zeros(leading["behaviour"], np.int32),
+        behaviour_mask=np.zeros(leading["behaviour"], bool),
+        candidate_mask=np.zeros(leading["candidate"], bool),
+        label=np.zeros(leading["candidate"], np.float32),
+    )
+
+
+def init_state(experiment: Experiment, seed: int) -> dict:
+    """The initial state, made directly in its sharded layout."""
+    init = _init_fn(experiment)
+    rng = jax.random.key(seed)
+    layout = sharding.shardings(jax.eval_shape(init, rng), experiment.mesh)
+    return jax.jit(init, out_shardings=layout)(rng)
+
+
+def state_shapes(experiment: Experiment) -> dict:
+    """Shapes and shardings of the state, without making it: what a restore fills."""
+    shapes = jax.eval_shape(_init_fn(experiment), jax.random.key(0))
+    layout = sharding.shardings(shapes, experiment.mesh)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout
+    )
+
+
+def _init_fn(experiment: Experiment) -> Callable:
+    config, columns = experiment.config, experiment.columns
+
+    def init(rng):
+        table_rng, model_rng = jax.random.split(rng)
+        tables = embedding.init_tables(
+            table_rng,
+            table_shapes(columns, experiment.spec),
+            scale=config.table_optimizer.init_scale,
+            mesh=experiment.mesh,
+        )
+        batch = empty_batch(experiment.spec, experiment.mesh.size, config.history_length)
+        embedded = _embed(experiment, tables, batch)[2]
+        variables = dict(experiment.model.init({"params": model_rng}, embedded, train=False))
+        params = variables.pop("params")
+        return {
+            "tables": tables,
+            "table_opt": experiment.table_optimizer.init(tables),
+            "model": params,
+            "model_state": variables,
+            "opt": experiment.optimizer.init(params),
+            "step": jnp.zeros((), jnp.int32),
+        }
+
+    return init
+
+
+def _embed(experiment: Experiment, tables, batch):
+    plan = embedding.lookup_ids(experiment.columns, batch)
+    rows = embedding.gather_rows(tables, plan)
+    return plan, rows, embedding.embed(rows, plan, experiment.columns, batch)
+
+
+def train_step(experiment: Experiment) -> Callable:
+    """(state, batch) -> (state, scalars), jitted; the state is donated.
+
+    scalars: loss (what is minimised), logloss, and the norms of gradients and parameters.
+    """
+    config, model, columns = experiment.config, experiment.model, experiment.columns
+    rng = jax.random.key(config.seed + 1)
+
+    def step_fn(state, batch):
+        plan = embedding.lookup_ids(columns, batch)
+        rows = embedding.gather_rows(state["tables"], plan)
+        # A function of the step alone, so that a resumed run draws what it would have drawn.
+        rngs = {"dropout": jax.random.fold_in(rng, state["step"])}
+
+        def loss_fn(params, rows):
+            embedded = embedding.embed(rows, plan, columns, batch)
+            (logits, out), model_state = model.apply(
+                {"params": params, **state["model_state"]},
+                embedded,
+                train=True,
+                rngs=rngs,
+                mutable=list(state["model_state"]),
+            )
+            logloss = losses.bce_loss(
+                logits, batch.label, batch.candidate_mask, reduction=config.loss.reduction
+            )
+            extra = sum(
+                weight * out["losses"][name] for name, weight in config.loss.weights.items()
+            )
+            return logloss + extra, (logloss, model_state)
+
+        (loss, (logloss, model_state)), (grads, row_grads) = jax.value_and_grad(
+            loss_fn, argnums=(0, 1), has_aux=True
+        )(state["model"], rows)
+
+        norm = jnp.sqrt(
+            optax.tree.norm(grads, squared=True) + embedding.row_grad_squared_norm(row_grads, plan)
+        )
+        if config.clip_norm > 0:
+            factor = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
+            grads, row_grads = jax.tree.map(lambda g: g * factor, (grads, row_grads))
+
+        updates, opt = experiment.optimizer.update(grads, state["opt"], state["model"])
+        tables, table_opt = experiment.table_optimizer.update(
+            row_grads, state["table_opt"], state["tables"], plan, state["step"]
+        )
+        params = optax.apply_updates(state["model"], updates)
+        scalars = {
+            "loss": loss,
+            "logloss": logloss,
+            "norm_gradients": norm,
+            "norm_parameters": optax.tree.norm(params),
+            "norm_updates": optax.tree.norm(updates),
+        }
+        state = {
+            "tables": tables,
+            "table_opt": table_opt,
+            "model": params,
+            "model_state": model_state,
+            "opt": opt,
+            "step": state["step"] + 1,
+        }
+        return state, scalars
+
+    layout = jax.tree.map(lambda x: x.sharding, state_shapes(experiment))
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, None))
+
+
+def score_step(experiment: Experiment) -> Callable:
+    """(weights, batch) -> logits [B, C], jitted; weights is the state less its optimizers."""
+
+    def score(weights, batch):
+        embedded = _embed(experiment, weights["tables"], batch)[2]
+        logits, _ = experiment.model.apply(
+            {"params": weights["model"], **weights["model_state"]}, embedded, train=False
+        )
+        return logits
+
+    return jax.jit(score)

@@ -1,0 +1,241 @@
+"""Training, top to bottom: data, mesh, model, restore, loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from ctr_jax import evaluation, sharding, steps
+from ctr_jax.batch import RequestBatch
+from ctr_jax.checkpoints import Checkpoints, log_kept
+from ctr_jax.config import identity
+from ctr_jax.data import open_data, pipeline
+from ctr_jax.optimizers import resolve_steps
+from ctr_jax.writers import MetricWriter, Progress, write_json
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and requests of its batch."""
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict:
+    """Trains `config` in `workdir`, resuming from its newest checkpoint if there is one.
+
+    Returns:
+      {"step", "seconds", "examples_per_second", "valid": metrics of the last checkpoint}.
+    Raises:
+      ConfigMismatch: the workdir's checkpoints belong to another model, data set or optimizer.
+      NonFiniteLoss: the loss is not a number; the last good checkpoint stays.
+    """
+    workdir = Path(workdir)
+
+    # --- data
+    data = open_data(config)
+    requests = data.split("train")
+    local_batch = _divided(config.batch_size, jax.process_count(), "processes")
+
+    # --- durations
+    unit = dict(batch_size=config.batch_size, examples=len(requests))
+    total = resolve_steps("total", config, **unit)
+    log_every = resolve_steps("log", config, **unit, total=total)
+    checkpoint_every = resolve_steps("checkpoint", config, **unit, total=total)
+
+    # --- mesh, model, optimizers
+    mesh = sharding.make_mesh(**config.mesh)
+    _divided(config.batch_size, mesh.shape[sharding.DATA], "devices of the data axis")
+    experiment = steps.bind(config, data.spec, mesh, total)
+    train_step, score_step = steps.train_step(experiment), steps.score_step(experiment)
+
+    # --- restore: own checkpoint, else from scratch
+    checkpoints = Checkpoints(workdir, keep_last=config.keep_last, best_metric=config.best_metric)
+    whoami = identity(config, data.spec.content_hash)
+    if checkpoints.steps():
+        state = checkpoints.restore(steps.state_shapes(experiment), whoami)
+        logging.info("resumed %s at step %d", workdir, int(state["step"]))
+    else:
+        state = steps.init_state(experiment, config.seed)
+    start = int(state["step"])
+    write_json(workdir / "config.json", {**config.to_dict(), "data_hash": data.spec.content_hash})
+    _describe(state, len(requests), start, total, mesh)
+
+    # --- loop
+    batches = pipeline.train_batches(
+        requests,
+        batch_size=config.batch_size,
+        history_length=config.history_length,
+        seed=config.seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    writer = MetricWriter(workdir, start)
+    progress = Progress(total, start, config.name or "train")
+    window = _Window(config, requests, start, local_batch)
+    valid, began = checkpoints.metrics(start).get("valid", {}), time.perf_counter()
+    try:
+        for step in range(start + 1, total + 1):
+            with _Profile(workdir, step - start, config.profile_steps):
+                batch = window.next_batch(batches)
+                state, scalars = train_step(state, sharding.put_batch(batch, mesh))
+                window.add(step, scalars)
+            progress.advance()
+
+            if step % log_every == 0 or step == total:
+                measured = window.flush()
+                writer.write(step, measured)
+                progress.report(step, _one_line(measured))
+
+            if step % checkpoint_every == 0 or step == total:
+                if step % log_every and step != total:
+                    window.check()  # never save a state that a non-finite loss has touched
+                checkpoints.save(state, whoami)
+                if config.validate:
+                    valid = _validate(config, data, mesh, score_step, state)
+                    write_json(checkpoints.metrics_path(step), {"valid": valid})
+                    writer.write(step, _scalars("valid", valid))
+                    progress.report(step, _one_line(_scalars("valid", valid)))
+                log_kept(workdir, checkpoints.prune())
+                window.restart_clock()
+    finally:
+        progress.close()
+        writer.close()
+        checkpoints.close()
+
+    seconds = time.perf_counter() - began
+    done = {
+        "step": total,
+        "seconds": round(seconds, 1),
+        "examples_per_second": round(window.rate(), 1),
+        "valid": valid,
+    }
+    write_json(workdir / "train_done.json", done)
+    return done
+
+
+class _Window:
+    """The steps since the last log line: scalars still on the device, times, non-finite checks.
+
+    Scalars are fetched once per log line; a step waits only for the one before the last, so that
+    at most two batches are in flight and the device never idles for the host.
+    """
+
+    def __init__(self, config: ConfigDict, requests, start: int, local_batch: int):
+        self._config, self._requests, self._local_batch = config, requests, local_batch
+        self._pending: list[tuple[int, dict]] = []
+        self._compiled = False
+        self._seconds = self._steps = 0.0
+        self.restart_clock()
+
+    def next_batch(self, batches: Iterator[RequestBatch]) -> RequestBatch:
+        began = time.perf_counter()
+        batch = next(batches)
+        self._wait += time.perf_counter() - began
+        return batch
+
+    def add(self, step: int, scalars: dict) -> None:
+        self._pending.append((step, scalars))
+        if len(self._pending) > 1:
+            jax.block_until_ready(self._pending[-2][1]["loss"])
+        if not self._compiled:
+            jax.block_until_ready(scalars["loss"])
+            seconds = time.perf_counter() - self._began
+            logging.info("first step: %.1f s, compilation included", seconds)
+            self._compiled = True
+            self.restart_clock()
+
+    def flush(self) -> dict[str, float]:
+        """Means over the window, speed and the share of time spent waiting for input."""
+        means = self.check()
+        elapsed = time.perf_counter() - self._began
+        means["examples_per_second"] = self._counted * self._config.batch_size / elapsed
+        means["input_wait"] = self._wait / elapsed
+        if self._counted:
+            self._seconds, self._steps = self._seconds + elapsed, self._steps + self._counted
+        self._pending = []
+        self.restart_clock()
+        return means
+
+    def check(self) -> dict[str, float]:
+        """The means so far. Raises NonFiniteLoss at the first step whose loss is not finite."""
+        fetched = [(step, jax.device_get(scalars)) for step, scalars in self._pending]
+        for step, scalars in fetched:
+            if not np.isfinite(scalars["loss"]):
+                ids = pipeline.train_request_ids(
+                    self._requests,
+                    batch_size=self._config.batch_size,
+                    seed=self._config.seed,
+                    step=step - 1,
+                )
+                raise NonFiniteLoss(
+                    f"loss is {scalars['loss']} at step {step}; its batch holds requests "
+                    f"{ids[:8].tolist()} and {max(0, len(ids) - 8)} more. Lower the learning rate "
+                    f"or set config.clip_norm; the last checkpoint before it is intact"
+                )
+        self._counted = len(fetched) - self._uncounted
+        return {k: float(np.mean([s[k] for _, s in fetched])) for k in fetched[0][1]}
+
+    def restart_clock(self) -> None:
+        self._began, self._wait = time.perf_counter(), 0.0
+        self._uncounted = len(self._pending)  # steps whose time lies before the clock's start
+
+    def rate(self) -> float:
+        """Examples per second of training, compilation and validation apart."""
+        return self._steps * self._config.batch_size / self._seconds if self._seconds else 0.0
+
+
+class _Profile:
+    """Traces steps 10 .. 10 + n of this start into <workdir>/profile."""
+
+    def __init__(self, workdir: Path, nth: int, steps_traced: int):
+        self._dir, self._nth, self._n = workdir / "profile", nth, steps_traced
+
+    def __enter__(self):
+        if self._n and self._nth == 10:
+            jax.profiler.start_trace(str(self._dir))
+
+    def __exit__(self, *_):
+        if self._n and self._nth == 10 + self._n - 1:
+            jax.profiler.stop_trace()
+            logging.info("profile of %d steps in %s", self._n, self._dir)
+
+
+def _validate(config, data, mesh, score_step: Callable, state: dict) -> dict:
+    weights = {k: state[k] for k in ("tables", "model", "model_state")}
+    return evaluation.score_split(config, data, "valid", mesh, score_step, weights).results()
+
+
+def _scalars(prefix: str, results: dict) -> dict[str, float]:
+    return {f"{prefix}/{k}": float(v) for k, v in results.items() if isinstance(v, int | float)}
+
+
+def _one_line(scalars: dict[str, float]) -> str:
+    shown = (
+        "loss",
+        "examples_per_second",
+        "input_wait",
+        "valid/auc",
+        "valid/gauc",
+        "valid/logloss",
+    )
+    return "  ".join(f"{k} {scalars[k]:.4g}" for k in shown if k in scalars)
+
+
+def _divided(batch_size: int, parts: int, what: str) -> int:
+    if batch_size % parts:
+        raise ValueError(f"batch_size {batch_size} does not divide over {parts} {what}")
+    return batch_size // parts
+
+
+def _describe(state: dict, examples: int, start: int, total: int, mesh) -> None:
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    logging.info(
+        "%d training requests, steps %d to %d, mesh %s; parameters: %s in tables, %s in the model",
+        examples, start, total, dict(mesh.shape), f"{count(state['tables']):,}",
+        f"{count(state['model']):,}",
+    )  # fmt: skip

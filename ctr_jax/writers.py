@@ -1,0 +1,86 @@
+"""Metrics to JSONL and TensorBoard, and progress to a person.
+
+The JSONL log has no gap and no repeat: on resume, lines past the restored step are dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from absl import logging
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+def write_json(path: Path, content) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a torn one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+class MetricWriter:
+    """Writes {name: number} per step to `<workdir>/train.jsonl` and TensorBoard event files."""
+
+    def __init__(self, workdir: Path, start_step: int = 0):
+        self._path = Path(workdir) / "train.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_after(self._path, start_step)
+        self._file = self._path.open("a")
+        self._tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the torn last line of a killed run
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+class Progress:
+    """A progress bar on a terminal, plain log lines elsewhere."""
+
+    def __init__(self, total: int, start: int, label: str):
+        self._bar = None
+        self._label, self._total = label, total
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, desc=label, unit="step", smoothing=0.1)
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def report(self, step: int, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        else:
+            logging.info("%s %d/%d  %s", self._label, step, self._total, text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

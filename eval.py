@@ -1,0 +1,43 @@
+"""Evaluates checkpoints: AUC, GAUC, logloss, calibration, slices and plots.
+
+python eval.py --config=configs/sparsectr_alibaba.py[:variant] [--workdir=DIR]
+               [--step N | --watch] [--relative_to=OTHER_WORKDIR]
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The training run (runs/<config name>).")
+STEP = flags.DEFINE_integer("step", None, "This checkpoint; default: the best measured one.")
+WATCH = flags.DEFINE_bool("watch", False, "Evaluate each checkpoint as it appears.")
+RELATIVE_TO = flags.DEFINE_string("relative_to", None, "A run to measure RelaImpr against.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    if WATCH.value and STEP.value is not None:
+        raise app.UsageError("--step and --watch exclude each other")
+    from ctr_jax.checkpoints import ConfigMismatch
+    from ctr_jax.data.errors import DataError
+    from ctr_jax.evaluation import evaluate
+    from ctr_jax.reports import format_results
+
+    logging.set_verbosity(logging.INFO)
+    config = CONFIG.value
+    workdir = Path(WORKDIR.value or Path("runs") / config.name)
+    try:
+        results = evaluate(config, workdir, STEP.value, WATCH.value, relative_to=RELATIVE_TO.value)
+    except (DataError, ConfigMismatch, FileNotFoundError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    print(format_results(results))
+    print(f"metrics: {workdir}/results.json   plots: {workdir}/plots/")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

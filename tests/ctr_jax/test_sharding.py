@@ -1,0 +1,33 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from ctr_jax.sharding import make_mesh, put_batch, shardings
+
+
+def test_tables_and_their_moments_are_split_by_rows_and_the_rest_is_not():
+    mesh = make_mesh(data=2, table=4)
+    state = {
+        "tables": {"item": jnp.zeros((8, 2))},
+        "table_opt": {"item": {"sum": jnp.zeros((8,)), "count": jnp.zeros(())}},
+        "model": {"w": jnp.zeros((8, 2))},
+    }
+    rules = shardings(state, mesh)
+    assert rules["tables"]["item"].spec == PartitionSpec("table")
+    assert rules["table_opt"]["item"]["sum"].spec == PartitionSpec("table")
+    assert rules["table_opt"]["item"]["count"].spec == PartitionSpec()
+    assert rules["model"]["w"].spec == PartitionSpec()
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    assert dict(make_mesh(data=-1, table=2).shape) == {"data": 4, "table": 2}
+    with pytest.raises(ValueError, match="needs 18 devices, there are 8"):
+        make_mesh(data=9, table=2)
+
+
+def test_a_batch_is_split_over_the_data_axis():
+    mesh = make_mesh(data=4, table=2)
+    batch = put_batch({"x": jnp.arange(8)}, mesh)
+    assert {s.data.shape for s in batch["x"].addressable_shards} == {(2,)}
+    assert len(jax.devices()) == 8

@@ -1,0 +1,37 @@
+"""Trains the experiment of a config file.
+
+    python train.py --config=configs/sparsectr_alibaba.py[:variant] [--workdir=DIR]
+
+Any field can be overridden, as in --config.model.num_chunks=32. The same config and workdir
+resume by themselves.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics, plots (runs/<config name>).")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    from ctr_jax.checkpoints import ConfigMismatch
+    from ctr_jax.data.errors import DataError
+    from ctr_jax.training import NonFiniteLoss, train
+
+    logging.set_verbosity(logging.INFO)
+    config = CONFIG.value
+    try:
+        done = train(config, WORKDIR.value or Path("runs") / config.name)
+    except (DataError, ConfigMismatch, NonFiniteLoss) as error:
+        sys.exit(f"{type(error).__name__}: {error}")  # the user's to mend: no traceback
+    logging.info("done: %s", done)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
