@@ -1,0 +1,67 @@
+"""Batch statistics over valid positions only, and the activations that use them."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch normalisation whose statistics run over the valid positions of the global batch.
+
+    Under `jax.jit` with a sharded batch the sums span all devices. Running statistics live in the
+    "batch_stats" collection; a batch without a valid position leaves them as they are.
+
+    Attributes:
+      momentum: weight of the old running statistics.
+      affine: learn a scale and a shift.
+    """
+
+    momentum: float = 0.9
+    eps: float = 1e-5
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        """x [..., d], mask [...] bool -> [..., d]; masked positions are computed like any other."""
+        width = x.shape[-1]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
+        variance = self.variable("batch_stats", "variance", jnp.ones, (width,))
+        if train:
+            weight = mask[..., None].astype(jnp.float32)
+            axes = tuple(range(x.ndim - 1))
+            count = jnp.sum(weight)
+            total = jnp.maximum(count, 1.0)
+            # Where, not only a product: a masked position may hold anything, NaN included.
+            valid = jnp.where(mask[..., None], x, 0).astype(jnp.float32)
+            batch_mean = jnp.sum(valid, axes) / total
+            centred = jnp.where(mask[..., None], x - batch_mean, 0)
+            batch_variance = jnp.sum(centred * centred, axes) / total
+            if not self.is_initializing():
+                keep = jnp.where(count > 0, self.momentum, 1.0)
+                mean.value = keep * mean.value + (1 - keep) * batch_mean
+                variance.value = keep * variance.value + (1 - keep) * batch_variance
+        else:
+            batch_mean, batch_variance = mean.value, variance.value
+        x = (x - batch_mean) * jax.lax.rsqrt(batch_variance + self.eps)
+        if self.affine:
+            x = x * self.param("scale", nn.initializers.ones, (width,))
+            x = x + self.param("bias", nn.initializers.zeros, (width,))
+        return x
+
+
+class Dice(nn.Module):
+    """p x + (1 - p) alpha x with p = sigmoid(batch norm of x) (DIN, eq. 4; alpha starts at 0)."""
+
+    momentum: float = 0.9
+    eps: float = 1e-9
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        """x [..., d], mask [...] bool -> [..., d]."""
+        alpha = self.param("alpha", nn.initializers.zeros, (x.shape[-1],))
+        gate = jax.nn.sigmoid(
+            MaskedBatchNorm(self.momentum, self.eps, affine=False)(x, mask, train)
+        )
+        return gate * x + (1 - gate) * alpha * x

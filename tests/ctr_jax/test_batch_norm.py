@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ctr_jax.batch_norm import Dice, MaskedBatchNorm
+
+
+def data(seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(2.0, 3.0, (4, 5, 3)).astype(np.float32)
+    return x, rng.random((4, 5)) < 0.6
+
+
+def test_statistics_run_over_valid_positions_only():
+    x, mask = data()
+    valid = x[mask].astype(np.float64)
+    x[~mask] = np.nan  # whatever a masked position holds must not reach the statistics
+    norm = MaskedBatchNorm(momentum=0.8, eps=1e-5)
+    variables = norm.init(jax.random.key(0), x, mask, train=True)
+    out, new = norm.apply(variables, x, mask, train=True, mutable=["batch_stats"])
+    expected = (valid - valid.mean(0)) / np.sqrt(valid.var(0) + 1e-5)
+    np.testing.assert_allclose(out[mask], expected, rtol=1e-5, atol=1e-5)
+    stats = new["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], 0.2 * valid.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats["variance"], 0.8 + 0.2 * valid.var(0), rtol=1e-5)
+    evaluated = norm.apply(new | {"params": variables["params"]}, x, mask, train=False)
+    expected = (valid - stats["mean"]) / np.sqrt(np.asarray(stats["variance"]) + 1e-5)
+    np.testing.assert_allclose(evaluated[mask], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_batch_moves_nothing():
+    x, mask = data()
+    norm = MaskedBatchNorm()
+    variables = norm.init(jax.random.key(0), x, mask, train=True)
+    out, new = norm.apply(variables, x, mask & False, train=True, mutable=["batch_stats"])
+    assert np.isfinite(out).all()
+    jax.tree.map(np.testing.assert_array_equal, new["batch_stats"], variables["batch_stats"])
+
+
+def test_gradients_do_not_depend_on_masked_positions():
+    x, mask = data()
+    norm = MaskedBatchNorm()
+    variables = norm.init(jax.random.key(0), x, mask, train=True)
+
+    def loss(x):
+        out, _ = norm.apply(variables, x, mask, train=True, mutable=["batch_stats"])
+        return jnp.sum(jnp.where(mask[..., None], jnp.sin(out), 0))
+
+    gradient = jax.grad(loss)(x)
+    assert (np.asarray(gradient)[~mask] == 0).all()
+    other = np.where(mask[..., None], x, 100.0)
+    np.testing.assert_allclose(jax.grad(loss)(other), gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_dice_starts_as_a_gated_identity():
+    x, mask = data()
+    dice = Dice()
+    variables = dice.init(jax.random.key(0), x, mask, train=True)
+    out, _ = dice.apply(variables, x, mask, train=True, mutable=["batch_stats"])
+    valid = x[mask].astype(np.float64)
+    gate = 1 / (1 + np.exp(-(valid - valid.mean(0)) / np.sqrt(valid.var(0) + 1e-9)))
+    np.testing.assert_allclose(out[mask], gate * valid, rtol=1e-4, atol=1e-5)
