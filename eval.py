@@ -25,17 +25,21 @@ def main(argv):
     from ctr_jax.checkpoints import ConfigMismatch
     from ctr_jax.data.errors import DataError
     from ctr_jax.evaluation import evaluate
-    from ctr_jax.reports import format_results
+    from ctr_jax.reports import format_table, summary_rows
+    from ctr_jax.writers import quiet_checkpoint_logs
 
     logging.set_verbosity(logging.INFO)
+    quiet_checkpoint_logs()
     config = CONFIG.value
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
     try:
         results = evaluate(config, workdir, STEP.value, WATCH.value, relative_to=RELATIVE_TO.value)
     except (DataError, ConfigMismatch, FileNotFoundError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    print(format_results(results))
-    print(f"metrics: {workdir}/results.json   plots: {workdir}/plots/")
+    for split, result in results.items():
+        print(f"\n{config.name}, {split}")
+        print(format_table(summary_rows(result)))
+    print(f"\nmetrics and plots: {workdir}/evaluation/{{{','.join(results)}}}/")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ def main(argv):
     from ctr_jax.checkpoints import ConfigMismatch
     from ctr_jax.data.errors import DataError
     from ctr_jax.training import NonFiniteLoss, train
+    from ctr_jax.writers import quiet_checkpoint_logs
 
     logging.set_verbosity(logging.INFO)
+    quiet_checkpoint_logs()
     config = CONFIG.value
     try:
         done = train(config, WORKDIR.value or Path("runs") / config.name)

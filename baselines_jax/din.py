@@ -23,7 +23,7 @@ from ctr_jax.head import MLPHead
 def default_config() -> ConfigDict:
     """DIN as LongCTR runs it: one attention layer of 64 with Dice, head [512, 256, 128]."""
     return ConfigDict(
-        dict(embedding_width=32, width=96, attention_hidden=(64,), activation="dice",
+        dict(module="baselines_jax.din", embedding_width=32, width=96, attention_hidden=(64,), activation="dice",
              head_hidden=(512, 256, 128), base_rate=0.5, exclude=())
     )  # fmt: skip
 
@@ -57,7 +57,7 @@ class DINAttention(nn.Module):
     def __call__(
         self, query: jax.Array, keys: jax.Array, mask: jax.Array, train: bool
     ) -> jax.Array:
-        """query [B, C, d], keys [B, L, d], mask [B, L] bool -> [B, C, d]; 0 where nothing is valid."""
+        """query [B, C, d], keys [B, L, d], mask [B, L] bool -> [B, C, d]; 0 if none is valid."""
         d = query.shape[-1]
         kernel = self.param("kernel_0", nn.initializers.xavier_normal(), (4 * d, self.hidden[0]))
         bias = self.param("bias_0", nn.initializers.zeros, (self.hidden[0],))

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 # What a run *is*: a checkpoint made under other values of these is refused on resume. Everything
 # else (durations, logging, paths, mesh) may change between one start and the next.
-IDENTITY = ("seed", "history_length", "batch_size", "model_module", "model", "loss", "optimizer",
+IDENTITY = ("seed", "history_length", "batch_size", "model", "loss", "optimizer",
             "table_optimizer", "clip_norm")  # fmt: skip
 
 
@@ -27,10 +27,9 @@ def base_config() -> ConfigDict:
     config.batch_size = 1024
     config.eval_batch_size = 1024
 
-    # Model: a module with build(config.model, spec) -> (flax module, columns).
-    config.model_module = ""
+    # Model: config.model.module has build(config.model, spec) -> (flax module, columns).
     config.model = ConfigDict()
-    config.loss = ConfigDict({"reduction": "candidates", "weights": ConfigDict()})
+    config.loss = ConfigDict({"per_request": False, "weights": ConfigDict()})
 
     # Optimizers: one for the tables, one for the rest, clipped by their joint norm (0 = never).
     config.optimizer = ConfigDict(
@@ -57,7 +56,7 @@ def base_config() -> ConfigDict:
     config.validate = True
     config.keep_last = 2
     config.best_metric = "valid/auc"
-    config.slices = ("history_length",)
+    config.slices = ()  # "candidate/<name>", "user/<name>": metrics by that column as well
 
     config.mesh = ConfigDict({"data": -1, "table": 1})
     config.profile_steps = 0  # > 0: trace that many steps, from the tenth after the start

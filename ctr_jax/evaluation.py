@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ctr_jax import reports, sharding, steps
 from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
 from ctr_jax.config import identity
-from ctr_jax.data import open_data, pipeline
+from ctr_jax.data import open_data, pipeline, synthetic
 from ctr_jax.data.records import PreparedData
 from ctr_jax.metrics import ScoreLog
 from ctr_jax.optimizers import resolve_steps
@@ -33,7 +33,7 @@ def score_split(
 ) -> ScoreLog:
     """Scores every request of a split; rows that only fill the last batch count nowhere."""
     requests = data.split(split)
-    scores = ScoreLog(slices=tuple(config.slices))
+    scores = ScoreLog(slices=config.slices)
     total = -(-len(requests) // config.eval_batch_size)
     progress = Progress(total, 0, f"score {split}")
     pending = None
@@ -59,7 +59,8 @@ def evaluate(
     splits: Sequence[str] = ("valid", "test"),
     relative_to: str | Path | None = None,
 ) -> dict:
-    """Evaluates checkpoints of `workdir` and writes metrics, results.json and plots there.
+    """Evaluates checkpoints of `workdir`: metrics/<step>.json, and results.json with plots in
+    evaluation/<split>.
 
     Args:
       step: which checkpoint; None = the best by `config.best_metric` as far as measured, else the
@@ -67,14 +68,18 @@ def evaluate(
       watch: evaluate each checkpoint as it appears, until training is done.
       relative_to: another run's workdir, whose results RelaImpr is measured against.
     Returns:
-      the content of results.json.
+      {split: metrics} of the last step evaluated; also in evaluation/<split>/results.json.
     Raises:
       FileNotFoundError: there is no such checkpoint.
       ConfigMismatch: the checkpoint was made with another model or data set.
     """
-    workdir = Path(workdir)
     data = open_data(config)
     mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        return _evaluate(config, Path(workdir), data, mesh, step, watch, splits, relative_to)
+
+
+def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> dict:
     unit = dict(batch_size=config.batch_size, examples=len(data.split("train")))
     experiment = steps.bind(config, data.spec, mesh, resolve_steps("total", config, **unit))
     score_step, shapes = steps.score_step(experiment), steps.state_shapes(experiment)
@@ -89,23 +94,35 @@ def evaluate(
             weights = checkpoints.restore(shapes, identity=None, step=at)
             weights.pop("step")
             logs = {s: score_split(config, data, s, mesh, score_step, weights) for s in splits}
-        measured = {split: log.results() for split, log in logs.items()}
+        results = {split: reports.evaluate_scores(log) for split, log in logs.items()}
+        measured = {split: headline(result) for split, result in results.items()}
         write_json(checkpoints.metrics_path(at), {**checkpoints.metrics(at), **measured})
-        results = {
-            "name": config.name,
-            "step": at,
-            "data_hash": data.spec.content_hash,
-            **measured,
-            "environment": reports.environment(),
-        }
-        if relative_to is not None:
-            results["relative"] = reports.relative(results, relative_to)
-        write_json(workdir / "results.json", results)
-        for split, log in logs.items():
-            reports.plot(log, workdir / "plots", title=f"{config.name}, {split}, step {at}",
-                         prefix=split)  # fmt: skip
-        logging.info("step %d\n%s", at, reports.format_results(results))
+        about = {"run": config.name, "step": at, "data_hash": data.spec.content_hash}
+        for split, result in results.items():
+            if (oracle := oracle_auc(config, split)) is not None:
+                result["oracle_auc"] = oracle
+            reports.write_report(
+                workdir / "evaluation" / split,
+                result,
+                baseline=relative_to and Path(relative_to) / "evaluation" / split,
+                split=split,
+                **about,
+            )
+        logging.info("step %d: %s", at, measured)
     return results
+
+
+def headline(result: dict) -> dict[str, float]:
+    """The scalars of one split that choose a checkpoint and go into logs."""
+    names = ("auc", "gauc_user", "logloss", "normalised_entropy", "calibration", "count")
+    return {name: result[name] for name in names if result.get(name) is not None}
+
+
+def oracle_auc(config: ConfigDict, split: str) -> float | None:
+    """AUC of the true click probabilities, where the data is generated and so knows them."""
+    if config.data.get("generate") is None or split != "test":
+        return None
+    return synthetic.oracle_auc(Path(config.data.raw_dir), split)
 
 
 def _chosen(checkpoints: Checkpoints, step: int | None, config: ConfigDict) -> int:

@@ -19,17 +19,17 @@ def resolve_steps(
     name: str, config: Mapping, *, batch_size: int, examples: int, total: int | None = None
 ) -> int:
     """The duration `name` in steps, from whichever of `<name>_steps | _epochs | _examples |
-    _percent` the config sets (exactly one; percent is of `total` steps).
+    _percent` the config sets (exactly one; 0 and None are unset; percent is of `total` steps).
 
     Raises:
       ValueError: none or several are set.
     """
     units = ("steps", "epochs", "examples", "percent")
-    given = {u: config[f"{name}_{u}"] for u in units if config.get(f"{name}_{u}") is not None}
+    given = {u: config[f"{name}_{u}"] for u in units if config.get(f"{name}_{u}")}
     if len(given) != 1:
         raise ValueError(
             f"set exactly one of {', '.join(f'{name}_{u}' for u in units)}; "
-            f"{'none is set' if not given else 'set are ' + ', '.join(given)}"
+            f"{'set are ' + ', '.join(given) + '; unset one with 0' if given else 'none is set'}"
         )
     ((unit, value),) = given.items()
     per_epoch = examples / batch_size

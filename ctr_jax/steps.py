@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctr_jax import embedding, losses, optimizers, sharding
+from ctr_jax import embedding, losses, optimizers, sharding, table_optimizers
 from ctr_jax.batch import RequestBatch
 from ctr_jax.features import GROUPS, Column, DataSpec, table_shapes
 
@@ -39,11 +39,21 @@ class Experiment:
 
 
 def bind(config: ConfigDict, spec: DataSpec, mesh: Mesh, total_steps: int) -> Experiment:
-    """Builds the model that the config names, its columns and its optimizers."""
-    module = importlib.import_module(config.model_module)
+    """Builds the model that the config names, its columns and its optimizers.
+
+    Everything below runs under `jax.set_mesh(mesh)`.
+
+    Raises:
+      ValueError: a batch size does not divide over the mesh's data axis, or what the model and the
+        optimizers refuse.
+    """
+    for name in ("batch_size", "eval_batch_size"):
+        if config[name] % mesh.shape[sharding.DATA]:
+            raise ValueError(f"{name} {config[name]} does not divide over mesh {dict(mesh.shape)}")
+    module = importlib.import_module(config.model.module)
     model, columns = module.build(config.model, spec)
     tables = config.table_optimizer
-    table_optimizer = embedding.table_optimizer(
+    table_optimizer = table_optimizers.table_optimizer(
         tables.name,
         learning_rate=optimizers.schedule(tables, total_steps),
         b1=tables.b1,
@@ -129,7 +139,7 @@ def _init_fn(experiment: Experiment) -> Callable:
 
 
 def _embed(experiment: Experiment, tables, batch):
-    plan = embedding.lookup_ids(experiment.columns, batch)
+    plan = embedding.lookup_ids(experiment.columns, batch, tables)
     rows = embedding.gather_rows(tables, plan)
     return plan, rows, embedding.embed(rows, plan, experiment.columns, batch)
 
@@ -143,7 +153,7 @@ def train_step(experiment: Experiment) -> Callable:
     rng = jax.random.key(config.seed + 1)
 
     def step_fn(state, batch):
-        plan = embedding.lookup_ids(columns, batch)
+        plan = embedding.lookup_ids(columns, batch, state["tables"])
         rows = embedding.gather_rows(state["tables"], plan)
         # A function of the step alone, so that a resumed run draws what it would have drawn.
         rngs = {"dropout": jax.random.fold_in(rng, state["step"])}
@@ -157,8 +167,8 @@ def train_step(experiment: Experiment) -> Callable:
                 rngs=rngs,
                 mutable=list(state["model_state"]),
             )
-            logloss = losses.bce_loss(
-                logits, batch.label, batch.candidate_mask, reduction=config.loss.reduction
+            logloss = losses.binary_cross_entropy(
+                logits, batch.label, batch.candidate_mask, per_request=config.loss.per_request
             )
             extra = sum(
                 weight * out["losses"][name] for name, weight in config.loss.weights.items()

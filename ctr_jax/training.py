@@ -9,13 +9,15 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctr_jax import evaluation, sharding, steps
+from ctr_jax import evaluation, reports, sharding, steps
 from ctr_jax.batch import RequestBatch
 from ctr_jax.checkpoints import Checkpoints, log_kept
 from ctr_jax.config import identity
 from ctr_jax.data import open_data, pipeline
+from ctr_jax.data.records import PreparedData, Requests
 from ctr_jax.optimizers import resolve_steps
 from ctr_jax.writers import MetricWriter, Progress, write_json
 
@@ -33,22 +35,21 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
       ConfigMismatch: the workdir's checkpoints belong to another model, data set or optimizer.
       NonFiniteLoss: the loss is not a number; the last good checkpoint stays.
     """
-    workdir = Path(workdir)
-
-    # --- data
     data = open_data(config)
-    requests = data.split("train")
-    local_batch = _divided(config.batch_size, jax.process_count(), "processes")
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        return _train(config, Path(workdir), data, mesh)
 
+
+def _train(config: ConfigDict, workdir: Path, data: PreparedData, mesh: Mesh) -> dict:
     # --- durations
+    requests = data.split("train")
     unit = dict(batch_size=config.batch_size, examples=len(requests))
     total = resolve_steps("total", config, **unit)
     log_every = resolve_steps("log", config, **unit, total=total)
     checkpoint_every = resolve_steps("checkpoint", config, **unit, total=total)
 
-    # --- mesh, model, optimizers
-    mesh = sharding.make_mesh(**config.mesh)
-    _divided(config.batch_size, mesh.shape[sharding.DATA], "devices of the data axis")
+    # --- model, optimizers
     experiment = steps.bind(config, data.spec, mesh, total)
     train_step, score_step = steps.train_step(experiment), steps.score_step(experiment)
 
@@ -61,6 +62,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
     else:
         state = steps.init_state(experiment, config.seed)
     start = int(state["step"])
+    (workdir / "train_done.json").unlink(missing_ok=True)
     write_json(workdir / "config.json", {**config.to_dict(), "data_hash": data.spec.content_hash})
     _describe(state, len(requests), start, total, mesh)
 
@@ -76,7 +78,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
     )
     writer = MetricWriter(workdir, start)
     progress = Progress(total, start, config.name or "train")
-    window = _Window(config, requests, start, local_batch)
+    window = _Window(config, requests)
     valid, began = checkpoints.metrics(start).get("valid", {}), time.perf_counter()
     try:
         for step in range(start + 1, total + 1):
@@ -86,14 +88,13 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
                 window.add(step, scalars)
             progress.advance()
 
-            if step % log_every == 0 or step == total:
+            save = step % checkpoint_every == 0 or step == total
+            if save or step % log_every == 0:  # a state that a non-finite loss touched is not saved
                 measured = window.flush()
                 writer.write(step, measured)
                 progress.report(step, _one_line(measured))
 
-            if step % checkpoint_every == 0 or step == total:
-                if step % log_every and step != total:
-                    window.check()  # never save a state that a non-finite loss has touched
+            if save:
                 checkpoints.save(state, whoami)
                 if config.validate:
                     valid = _validate(config, data, mesh, score_step, state)
@@ -119,18 +120,21 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
 
 
 class _Window:
-    """The steps since the last log line: scalars still on the device, times, non-finite checks.
+    """The steps since the last log line: scalars still on the device, times, non-finite losses.
 
-    Scalars are fetched once per log line; a step waits only for the one before the last, so that
-    at most two batches are in flight and the device never idles for the host.
+    Scalars are fetched once per log line; a step waits only for the one before it, so that at most
+    two batches are in flight and the device never idles for the host.
     """
 
-    def __init__(self, config: ConfigDict, requests, start: int, local_batch: int):
-        self._config, self._requests, self._local_batch = config, requests, local_batch
+    def __init__(self, config: ConfigDict, requests: Requests):
+        self._config, self._requests = config, requests
         self._pending: list[tuple[int, dict]] = []
         self._compiled = False
-        self._seconds = self._steps = 0.0
+        self._total_seconds, self._total_steps = 0.0, 0
         self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self._began, self._wait, self._timed = time.perf_counter(), 0.0, 0
 
     def next_batch(self, batches: Iterator[RequestBatch]) -> RequestBatch:
         began = time.perf_counter()
@@ -140,6 +144,7 @@ class _Window:
 
     def add(self, step: int, scalars: dict) -> None:
         self._pending.append((step, scalars))
+        self._timed += 1
         if len(self._pending) > 1:
             jax.block_until_ready(self._pending[-2][1]["loss"])
         if not self._compiled:
@@ -150,43 +155,46 @@ class _Window:
             self.restart_clock()
 
     def flush(self) -> dict[str, float]:
-        """Means over the window, speed and the share of time spent waiting for input."""
-        means = self.check()
+        """Means over the window, examples per second, and the share of time spent on input.
+
+        Raises:
+          NonFiniteLoss: at the first step whose loss is not finite.
+        """
+        fetched = [(step, jax.device_get(scalars)) for step, scalars in self._pending]
         elapsed = time.perf_counter() - self._began
-        means["examples_per_second"] = self._counted * self._config.batch_size / elapsed
-        means["input_wait"] = self._wait / elapsed
-        if self._counted:
-            self._seconds, self._steps = self._seconds + elapsed, self._steps + self._counted
+        for step, scalars in fetched:
+            if not np.isfinite(scalars["loss"]):
+                self._raise_non_finite(step, scalars["loss"])
+        means = {k: float(np.mean([s[k] for _, s in fetched])) for k in fetched[0][1]}
+        if self._timed:
+            means["examples_per_second"] = self._timed * self._config.batch_size / elapsed
+            means["input_wait"] = self._wait / elapsed
+            self._total_seconds += elapsed
+            self._total_steps += self._timed
         self._pending = []
         self.restart_clock()
         return means
 
-    def check(self) -> dict[str, float]:
-        """The means so far. Raises NonFiniteLoss at the first step whose loss is not finite."""
-        fetched = [(step, jax.device_get(scalars)) for step, scalars in self._pending]
-        for step, scalars in fetched:
-            if not np.isfinite(scalars["loss"]):
-                ids = pipeline.train_request_ids(
-                    self._requests,
-                    batch_size=self._config.batch_size,
-                    seed=self._config.seed,
-                    step=step - 1,
-                )
-                raise NonFiniteLoss(
-                    f"loss is {scalars['loss']} at step {step}; its batch holds requests "
-                    f"{ids[:8].tolist()} and {max(0, len(ids) - 8)} more. Lower the learning rate "
-                    f"or set config.clip_norm; the last checkpoint before it is intact"
-                )
-        self._counted = len(fetched) - self._uncounted
-        return {k: float(np.mean([s[k] for _, s in fetched])) for k in fetched[0][1]}
-
-    def restart_clock(self) -> None:
-        self._began, self._wait = time.perf_counter(), 0.0
-        self._uncounted = len(self._pending)  # steps whose time lies before the clock's start
+    def _raise_non_finite(self, step: int, loss: float) -> None:
+        again = pipeline.train_batches(
+            self._requests,
+            batch_size=self._config.batch_size,
+            history_length=self._config.history_length,
+            seed=self._config.seed,
+            start_step=step - 1,
+            workers=0,
+        )
+        ids = next(again).request_id
+        raise NonFiniteLoss(
+            f"loss is {loss} at step {step}; its batch holds requests {ids[:8].tolist()} and "
+            f"{max(0, len(ids) - 8)} more. Lower the learning rate or set config.clip_norm; the "
+            f"last checkpoint before it is intact"
+        )
 
     def rate(self) -> float:
-        """Examples per second of training, compilation and validation apart."""
-        return self._steps * self._config.batch_size / self._seconds if self._seconds else 0.0
+        """Examples per second of training alone: neither compilation nor validation counts."""
+        examples = self._total_steps * self._config.batch_size
+        return examples / self._total_seconds if self._total_seconds else 0.0
 
 
 class _Profile:
@@ -207,7 +215,8 @@ class _Profile:
 
 def _validate(config, data, mesh, score_step: Callable, state: dict) -> dict:
     weights = {k: state[k] for k in ("tables", "model", "model_state")}
-    return evaluation.score_split(config, data, "valid", mesh, score_step, weights).results()
+    scores = evaluation.score_split(config, data, "valid", mesh, score_step, weights)
+    return evaluation.headline(reports.evaluate_scores(scores, slices=(), bins=0))
 
 
 def _scalars(prefix: str, results: dict) -> dict[str, float]:
@@ -224,12 +233,6 @@ def _one_line(scalars: dict[str, float]) -> str:
         "valid/logloss",
     )
     return "  ".join(f"{k} {scalars[k]:.4g}" for k in shown if k in scalars)
-
-
-def _divided(batch_size: int, parts: int, what: str) -> int:
-    if batch_size % parts:
-        raise ValueError(f"batch_size {batch_size} does not divide over {parts} {what}")
-    return batch_size // parts
 
 
 def _describe(state: dict, examples: int, start: int, total: int, mesh) -> None:

@@ -9,11 +9,19 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from logging import WARNING
 from pathlib import Path
 
 from absl import logging
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+
+def quiet_checkpoint_logs() -> None:
+    """Keeps Orbax's own account of every save (dozens of lines) out of the log below WARNING."""
+    keep = lambda record: record.levelno >= WARNING or "orbax" not in record.pathname  # noqa: E731
+    for handler in logging.get_absl_logger().handlers + [logging.get_absl_handler()]:
+        handler.addFilter(keep)
 
 
 def write_json(path: Path, content) -> None:

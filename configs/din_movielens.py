@@ -1,0 +1,16 @@
+"""DIN on MovieLens 1M: the same data, loop and metrics as configs/sparsectr_movielens.py.
+
+python train.py --config=configs/din_movielens.py[:v1] --config.data.raw_dir=DIR
+"""
+
+from ml_collections import ConfigDict
+
+from baselines_jax import din
+from configs import sparsectr_movielens
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = sparsectr_movielens.get_config(variant)
+    config.name = config.name.replace("sparsectr", "din")
+    config.model = din.default_config()
+    return config

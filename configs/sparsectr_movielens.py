@@ -1,0 +1,42 @@
+"""SparseCTR on MovieLens 1M, protocol ML-1M-CTR v2 (docs/peers.md); `:v1` the small one.
+
+    python train.py --config=configs/sparsectr_movielens.py --config.data.raw_dir=DIR
+    python eval.py  --config=configs/sparsectr_movielens.py --config.data.raw_dir=DIR
+
+DIR holds events.parquet and users.parquet (research use, not shipped). Expected: README.md.
+"""
+
+from ml_collections import ConfigDict
+
+from ctr_jax.config import base_config
+from sparsectr_jax.model import default_config
+
+SPLIT = 978133414  # seconds; test targets from here on
+V1_FROM = 975768738  # v1 trains on no earlier targets: their interpolated seconds leak the label
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "v1"):
+        raise ValueError(f"variant {variant!r}: choose v1, or none for v2")
+    config = base_config()
+    config.name = "sparsectr_movielens" + (f"_{variant}" if variant else "")
+    config.data.update(
+        dict(builder="events", name="movielens_v2", raw_dir="raw/movielens_1m",
+             events=("events.parquet",), user="user", time="ts", time_floor=3600,
+             users="users.parquet", users_key="user",
+             label="rating >= 4", request="event", ties="order",
+             train=f"ts < {SPLIT}", test=f"ts >= {SPLIT}", valid_fraction=0.05,
+             candidate=dict(item="item", genres="genres"),
+             behaviour=dict(item="item", genres="genres", rating="rating"),
+             user_columns=dict(user_id="user", gender="gender", age="age",
+                               occupation="occupation"))
+    )  # fmt: skip
+    if variant == "v1":
+        config.data.update(dict(name="movielens_v1", time_floor=0,
+                                train=f"ts >= {V1_FROM} and ts < {SPLIT}"))  # fmt: skip
+    config.history_length = 200
+    config.batch_size = 1024
+
+    config.model = default_config()
+    config.model.base_rate = 0.575
+    return config

@@ -1,0 +1,57 @@
+"""Your own log: copy this page, name your columns, train.
+
+    python train.py --config=examples/own_log.py --config.data.raw_dir=DIR
+    python eval.py  --config=examples/own_log.py --config.data.raw_dir=DIR
+
+DIR holds the events (Parquet or CSV, one file or a glob), one row per impression or behaviour, and
+optionally one table of users and one of items. Every field below is a column name or an SQL
+expression (DuckDB) over the event `e` and its item `i`; all options are in ctr_jax/data/events.py.
+"""
+
+from ml_collections import ConfigDict
+
+from ctr_jax.config import base_config
+from sparsectr_jax.model import default_config
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+    config.name = "own_log"
+    config.data.update(
+        dict(
+            builder="events",
+            raw_dir="raw/own_log",
+            events=("events-*.parquet",),
+            # Who, when, and what is to be predicted.
+            user="user_id",
+            time="timestamp",
+            time_unit="s",  # s | ms | us
+            label="clicked",  # 0 or 1, or a condition such as "rating >= 4"
+            # One request = the impressions of one user at one time; also "event", a number of
+            # seconds to bucket by, or the name of a request id column.
+            request="time",
+            max_candidates=8,
+            # A behaviour at the request's own time is not in its history. Where each event is its
+            # own request and the file's order is known to be true, ties="order" uses that order.
+            ties="strict",
+            is_behaviour="clicked = 1",
+            # Which events are targets of which split; valid is the last part of train.
+            train="timestamp < 1700000000",
+            test="timestamp >= 1700000000",
+            valid_fraction=0.05,
+            # Columns. One name in two groups shares its vocabulary and table.
+            candidate=dict(item="e.item_id", category="i.category", price="i.price"),
+            behaviour=dict(item="e.item_id", category="i.category"),
+            context=dict(slot="e.slot"),
+            user_columns=dict(age="age", city="city"),
+            kinds={"candidate/price": "quantile"},
+            items="items.parquet",
+            items_key="item_id",
+            item="item_id",
+            users="users.parquet",
+            users_key="user_id",
+        )
+    )
+    config.history_length = 500
+    config.model = default_config()
+    return config

@@ -1,0 +1,195 @@
+"""The whole loop on a small log: resume, refusal, meshes, evaluation."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ctr_jax import sharding, steps
+from ctr_jax.checkpoints import Checkpoints, ConfigMismatch
+from ctr_jax.config import identity
+from ctr_jax.data import open_data, pipeline
+from ctr_jax.evaluation import evaluate
+from ctr_jax.training import NonFiniteLoss, train
+
+
+def final_state(config, workdir, step=None):
+    data = open_data(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        experiment = steps.bind(config, data.spec, mesh, 1)
+        checkpoints = Checkpoints(workdir, read_only=True)
+        return jax.device_get(checkpoints.restore(steps.state_shapes(experiment), None, step=step))
+
+
+def log_lines(workdir):
+    return [json.loads(line) for line in (workdir / "train.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(small_config, tmp_path):
+    done = train(small_config, tmp_path / "whole")
+    assert done["step"] == 6 and 0 <= done["valid"]["auc"] <= 1
+    small_config.total_steps = 3
+    train(small_config, tmp_path / "parts")
+    small_config.total_steps = 6
+    train(small_config, tmp_path / "parts")
+    whole, parts = (final_state(small_config, tmp_path / name) for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    logs = [
+        [(r["step"], r["loss"]) for r in log_lines(tmp_path / name) if "loss" in r]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1] and [s for s, _ in logs[0]] == [2, 3, 4, 6]
+
+
+def test_an_asynchronous_save_holds_the_state_of_its_step(small_config, tmp_path):
+    # The trainer donates the state to the next step while Orbax is still writing it.
+    small_config.checkpoint_steps = 1
+    small_config.keep_last = 6
+    small_config.validate = False
+    train(small_config, tmp_path / "often")
+    for step in (2, 5):
+        small_config.total_steps = small_config.checkpoint_steps = step
+        train(small_config, tmp_path / f"once{step}")
+        states = [final_state(small_config, tmp_path / d, step) for d in ("often", f"once{step}")]
+        jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_another_model_data_or_optimizer_is_refused(small_config, tmp_path):
+    small_config.total_steps = 2
+    train(small_config, tmp_path)
+    small_config.model.num_chunks = 4
+    with pytest.raises(ConfigMismatch, match="model.num_chunks: checkpoint 3, config 4"):
+        train(small_config, tmp_path)
+    small_config.model.num_chunks = 3
+    small_config.optimizer.learning_rate = 0.5
+    with pytest.raises(ConfigMismatch, match="optimizer.learning_rate"):
+        train(small_config, tmp_path)
+    small_config.optimizer.learning_rate = 1e-3
+    small_config.data.time_floor = 3600
+    with pytest.raises(ConfigMismatch, match="data: checkpoint"):
+        train(small_config, tmp_path)
+
+
+def test_a_non_finite_loss_names_step_and_requests_and_poisons_no_checkpoint(
+    small_config, tmp_path
+):
+    small_config.total_steps = 3
+    train(small_config, tmp_path)
+    good = final_state(small_config, tmp_path)
+    small_config.total_steps = 8
+
+    def poison(state):
+        state["model"]["head"]["logit"]["bias"] += np.nan
+        return state
+
+    original = Checkpoints.restore
+    Checkpoints.restore = lambda *args, **kwargs: poison(original(*args, **kwargs))
+    try:
+        with pytest.raises(NonFiniteLoss) as error:
+            train(small_config, tmp_path)
+    finally:
+        Checkpoints.restore = original
+    requests = open_data(small_config).split("train")
+    batch = next(
+        pipeline.train_batches(requests, batch_size=64, history_length=12, seed=0, start_step=3)
+    )
+    assert "at step 4" in str(error.value)
+    assert str(batch.request_id[:8].tolist()) in str(error.value)
+    jax.tree.map(np.testing.assert_array_equal, final_state(small_config, tmp_path), good)
+
+
+@pytest.mark.parametrize("data, table", [(8, 1), (4, 2), (2, 4)])
+def test_meshes_agree_with_one_device(small_config, data, table):
+    loaded = open_data(small_config)
+    batches = pipeline.train_batches(
+        loaded.split("train"), batch_size=64, history_length=12, seed=0
+    )
+    batches = [next(batches) for _ in range(3)]
+    small_config.clip_norm = 0.1
+
+    def run(mesh):
+        with jax.set_mesh(mesh):
+            experiment = steps.bind(small_config, loaded.spec, mesh, 10)
+            state, losses = steps.init_state(experiment, 0), []
+            step = steps.train_step(experiment)
+            for batch in batches:
+                state, scalars = step(state, sharding.put_batch(batch, mesh))
+                losses.append(float(scalars["loss"]))
+            weights = {k: state[k] for k in ("tables", "model", "model_state")}
+            logits = steps.score_step(experiment)(weights, sharding.put_batch(batches[0], mesh))
+            return losses, np.asarray(logits), jax.device_get(state["tables"])
+
+    one = run(sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
+    many = run(sharding.make_mesh(data, table))
+    np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
+    np.testing.assert_allclose(many[1], one[1], rtol=1e-4, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), many[2], one[2]
+    )
+
+
+def test_evaluation_is_exact_whatever_the_batch(small_config, tmp_path):
+    train(small_config, tmp_path)
+    first = evaluate(small_config, tmp_path, step=6)
+    requests = {s: len(open_data(small_config).split(s)) for s in ("valid", "test")}
+    assert {s: first[s]["count"] for s in first} == requests
+    assert first["test"]["slices"]["history_length"]
+    metrics = Checkpoints(tmp_path, read_only=True).metrics(6)
+    assert metrics["test"]["auc"] == first["test"]["auc"]
+    assert (tmp_path / "evaluation" / "test" / "results.json").exists()
+    assert (tmp_path / "evaluation" / "test" / "reliability.png").exists()
+    assert not Checkpoints(tmp_path, read_only=True).is_being_evaluated(6)
+    for size, mesh in ((7, (1, 1)), (64, (4, 2))):
+        small_config.eval_batch_size = size
+        small_config.mesh.data, small_config.mesh.table = mesh
+        again = evaluate(small_config, tmp_path, step=6)
+        for split in first:
+            np.testing.assert_allclose(again[split]["logloss"], first[split]["logloss"], rtol=1e-6)
+            np.testing.assert_allclose(again[split]["auc"], first[split]["auc"], atol=1e-4)
+
+
+def test_the_best_step_is_chosen_and_a_missing_one_named(small_config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="train it first"):
+        evaluate(small_config, tmp_path)
+    train(small_config, tmp_path)
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    for step, auc in ((3, 0.9), (6, 0.4)):
+        checkpoints.metrics_path(step).write_text(json.dumps({"valid": {"auc": auc}}))
+    evaluate(small_config, tmp_path, splits=("valid",))
+    results = json.loads((tmp_path / "evaluation" / "valid" / "results.json").read_text())
+    assert results["step"] == 3
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4 .* \[3, 6\]"):
+        evaluate(small_config, tmp_path, step=4)
+
+
+def test_watching_sees_every_step_of_a_finished_run(small_config, tmp_path):
+    small_config.validate = False
+    train(small_config, tmp_path)
+    evaluate(small_config, tmp_path, watch=True, splits=("valid",))
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert all("auc" in checkpoints.metrics(step)["valid"] for step in (3, 6))
+
+
+def test_bfloat16_activations_leave_tables_and_moments_float32(small_config, tmp_path):
+    small_config.model.dtype = "bfloat16"
+    small_config.total_steps = 2
+    done = train(small_config, tmp_path)
+    assert np.isfinite(done["valid"]["logloss"])
+    state = final_state(small_config, tmp_path)
+    kinds = {
+        x.dtype for k in ("tables", "table_opt", "model", "opt") for x in jax.tree.leaves(state[k])
+    }
+    assert kinds <= {np.dtype("float32"), np.dtype("int32")}
+
+
+def test_identity_covers_what_a_run_is(small_config):
+    before = identity(small_config, "hash")
+    small_config.total_steps = 1000
+    small_config.mesh.data = 4
+    small_config.data.raw_dir = "elsewhere"
+    assert identity(small_config, "hash") == before
+    small_config.batch_size = 32
+    assert identity(small_config, "hash") != before
+    assert identity(small_config, "other") != before
