@@ -4,13 +4,18 @@ python eval.py --config=configs/sparsectr_alibaba.py[:variant] [--workdir=DIR]
                [--step N | --watch] [--relative_to=OTHER_WORKDIR]
 """
 
+import os
 import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", min(os.cpu_count() or 1, 8), "On a CPU: devices to split the batch over."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "The training run (runs/<config name>).")
 STEP = flags.DEFINE_integer("step", None, "This checkpoint; default: the best measured one.")
 WATCH = flags.DEFINE_bool("watch", False, "Evaluate each checkpoint as it appears.")
@@ -28,6 +33,7 @@ def main(argv):
     from ctr_jax.reports import format_table, summary_rows
     from ctr_jax.writers import quiet_checkpoint_logs
 
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)  # only CPU backends read it
     logging.set_verbosity(logging.INFO)
     quiet_checkpoint_logs()
     config = CONFIG.value

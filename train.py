@@ -6,13 +6,18 @@ Any field can be overridden, as in --config.model.num_chunks=32. The same config
 resume by themselves.
 """
 
+import os
 import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", min(os.cpu_count() or 1, 8), "On a CPU: devices to split the batch over."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics, plots (runs/<config name>).")
 
 
@@ -24,6 +29,7 @@ def main(argv):
     from ctr_jax.training import NonFiniteLoss, train
     from ctr_jax.writers import quiet_checkpoint_logs
 
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)  # only CPU backends read it
     logging.set_verbosity(logging.INFO)
     quiet_checkpoint_logs()
     config = CONFIG.value

@@ -19,8 +19,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctr_jax import embedding, losses, optimizers, sharding, table_optimizers
-from ctr_jax.batch import RequestBatch
+from ctr_jax import embedding, losses, micro_batches, optimizers, sharding, table_optimizers
+from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.features import GROUPS, Column, DataSpec, table_shapes
 
 
@@ -123,7 +123,7 @@ def _init_fn(experiment: Experiment) -> Callable:
             mesh=experiment.mesh,
         )
         batch = empty_batch(experiment.spec, experiment.mesh.size, config.history_length)
-        embedded = _embed(experiment, tables, batch)[2]
+        embedded = _embed(experiment, tables, batch)
         variables = dict(experiment.model.init({"params": model_rng}, embedded, train=False))
         params = variables.pop("params")
         return {
@@ -138,46 +138,36 @@ def _init_fn(experiment: Experiment) -> Callable:
     return init
 
 
-def _embed(experiment: Experiment, tables, batch):
+def _embed(experiment: Experiment, tables, batch) -> EmbeddedBatch:
     plan = embedding.lookup_ids(experiment.columns, batch, tables)
     rows = embedding.gather_rows(tables, plan)
-    return plan, rows, embedding.embed(rows, plan, experiment.columns, batch)
+    return embedding.embed(rows, plan, experiment.columns, batch)
 
 
 def train_step(experiment: Experiment) -> Callable:
     """(state, batch) -> (state, scalars), jitted; the state is donated.
 
+    With `config.micro_batch` the model sees the batch in parts whose gradients add up; ids are made
+    distinct, and tables updated, once for the whole batch.
+
     scalars: loss (what is minimised), logloss, and the norms of gradients and parameters.
     """
-    config, model, columns = experiment.config, experiment.model, experiment.columns
+    config, columns = experiment.config, experiment.columns
     rng = jax.random.key(config.seed + 1)
+    gradients = _gradients(experiment)
 
     def step_fn(state, batch):
         plan = embedding.lookup_ids(columns, batch, state["tables"])
         rows = embedding.gather_rows(state["tables"], plan)
+        vectors, to_rows = jax.vjp(
+            lambda rows: embedding.embed(rows, plan, columns, batch).vectors, rows
+        )
         # A function of the step alone, so that a resumed run draws what it would have drawn.
-        rngs = {"dropout": jax.random.fold_in(rng, state["step"])}
-
-        def loss_fn(params, rows):
-            embedded = embedding.embed(rows, plan, columns, batch)
-            (logits, out), model_state = model.apply(
-                {"params": params, **state["model_state"]},
-                embedded,
-                train=True,
-                rngs=rngs,
-                mutable=list(state["model_state"]),
-            )
-            logloss = losses.binary_cross_entropy(
-                logits, batch.label, batch.candidate_mask, per_request=config.loss.per_request
-            )
-            extra = sum(
-                weight * out["losses"][name] for name, weight in config.loss.weights.items()
-            )
-            return logloss + extra, (logloss, model_state)
-
-        (loss, (logloss, model_state)), (grads, row_grads) = jax.value_and_grad(
-            loss_fn, argnums=(0, 1), has_aux=True
-        )(state["model"], rows)
+        dropout = jax.random.fold_in(rng, state["step"])
+        (loss, logloss, model_state), (grads, vector_grads) = gradients(
+            state["model"], state["model_state"], vectors, batch, dropout
+        )
+        (row_grads,) = to_rows(vector_grads)
 
         norm = jnp.sqrt(
             optax.tree.norm(grads, squared=True) + embedding.row_grad_squared_norm(row_grads, plan)
@@ -212,14 +202,75 @@ def train_step(experiment: Experiment) -> Callable:
     return jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, None))
 
 
+def _gradients(experiment: Experiment) -> Callable:
+    """(params, model_state, vectors, batch, rng) -> (loss, logloss, model_state), gradients with
+    respect to params and vectors."""
+    config, model, mesh = experiment.config, experiment.model, experiment.mesh
+    parts = micro_batches.parts_of(config.batch_size, config.micro_batch, mesh.shape[sharding.DATA])
+
+    def loss_fn(params, vectors, model_state, batch, denominator, rng):
+        (logits, out), model_state = model.apply(
+            {"params": params, **model_state},
+            EmbeddedBatch(batch, vectors),
+            train=True,
+            rngs={"dropout": rng},
+            mutable=list(model_state),
+        )
+        logloss = losses.binary_cross_entropy(
+            logits,
+            batch.label,
+            batch.candidate_mask,
+            per_request=config.loss.per_request,
+            denominator=denominator,
+        )
+        extra = sum(weight * out["losses"][name] for name, weight in config.loss.weights.items())
+        return logloss + extra / parts, (logloss, model_state)
+
+    value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+
+    def gradients(params, model_state, vectors, batch, rng):
+        denominator = losses.loss_denominator(batch.candidate_mask, config.loss.per_request)
+        if parts == 1:
+            (loss, (logloss, model_state)), grads = value_and_grad(
+                params, vectors, model_state, batch, denominator, rng
+            )
+            return (loss, logloss, model_state), grads
+        if "batch_stats" in model_state:
+            raise ValueError("batch statistics span the whole batch: set config.micro_batch = 0")
+
+        def part(totals, xs):
+            vectors, batch, number = xs
+            (loss, (logloss, _)), (grads, vector_grads) = value_and_grad(
+                params, vectors, model_state, batch, denominator, jax.random.fold_in(rng, number)
+            )
+            return jax.tree.map(jnp.add, totals, (loss, logloss, grads)), vector_grads
+
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        xs = (*micro_batches.split((vectors, batch), parts, mesh), jnp.arange(parts))
+        (loss, logloss, grads), vector_grads = jax.lax.scan(part, zeros, xs)
+        return (loss, logloss, model_state), (grads, micro_batches.join(vector_grads, mesh))
+
+    return gradients
+
+
 def score_step(experiment: Experiment) -> Callable:
     """(weights, batch) -> logits [B, C], jitted; weights is the state less its optimizers."""
+    config, mesh = experiment.config, experiment.mesh
+    parts = micro_batches.parts_of(
+        config.eval_batch_size, config.micro_batch, mesh.shape[sharding.DATA]
+    )
 
     def score(weights, batch):
-        embedded = _embed(experiment, weights["tables"], batch)[2]
-        logits, _ = experiment.model.apply(
-            {"params": weights["model"], **weights["model_state"]}, embedded, train=False
+        variables = {"params": weights["model"], **weights["model_state"]}
+
+        def part(embedded):
+            return experiment.model.apply(variables, embedded, train=False)[0]
+
+        embedded = _embed(experiment, weights["tables"], batch)
+        if parts == 1:
+            return part(embedded)
+        return micro_batches.join(
+            jax.lax.map(part, micro_batches.split(embedded, parts, mesh)), mesh
         )
-        return logits
 
     return jax.jit(score)

@@ -18,5 +18,6 @@ def open_data(config: ConfigDict):
     from ctr_jax.data import prepare, records, synthetic
 
     if config.data.get("generate") is not None:
-        synthetic.generate(Path(config.data.raw_dir), synthetic.SyntheticConfig(**config.data.generate))
+        what = synthetic.SyntheticConfig(**config.data.generate)
+        synthetic.generate(Path(config.data.raw_dir), what)
     return records.PreparedData.open(prepare.prepare(config.data))

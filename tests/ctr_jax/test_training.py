@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from baselines_jax import din
 from ctr_jax import sharding, steps
 from ctr_jax.checkpoints import Checkpoints, ConfigMismatch
 from ctr_jax.config import identity
@@ -121,13 +122,59 @@ def test_meshes_agree_with_one_device(small_config, data, table):
             logits = steps.score_step(experiment)(weights, sharding.put_batch(batches[0], mesh))
             return losses, np.asarray(logits), jax.device_get(state["tables"])
 
-    one = run(sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
+    one = run(sharding.make_mesh(1, 1))
     many = run(sharding.make_mesh(data, table))
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
     np.testing.assert_allclose(many[1], one[1], rtol=1e-4, atol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), many[2], one[2]
     )
+
+
+@pytest.mark.parametrize("micro_batch, data", [(16, 1), (4, 4)])
+def test_micro_batches_add_up_to_the_batch(small_config, micro_batch, data):
+    loaded = open_data(small_config)
+    batch = next(
+        pipeline.train_batches(loaded.split("train"), batch_size=64, history_length=12, seed=0)
+    )
+    small_config.eval_batch_size = 64
+    small_config.clip_norm = 0.1
+
+    def run(config, mesh):
+        with jax.set_mesh(mesh):
+            experiment = steps.bind(config, loaded.spec, mesh, 10)
+            state = steps.init_state(experiment, 0)
+            device_batch = sharding.put_batch(batch, mesh)
+            weights = {k: state[k] for k in ("tables", "model", "model_state")}
+            logits = np.asarray(steps.score_step(experiment)(weights, device_batch))
+            state, scalars = steps.train_step(experiment)(state, device_batch)
+            return logits, jax.device_get(scalars), jax.device_get(state["tables"])
+
+    whole = run(small_config, sharding.make_mesh(1, 1))
+    small_config.micro_batch = micro_batch
+    parts = run(small_config, sharding.make_mesh(data, 1))
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-4, atol=1e-6)
+    for name in ("loss", "logloss", "norm_gradients"):
+        np.testing.assert_allclose(parts[1][name], whole[1][name], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), parts[2], whole[2]
+    )
+
+
+def test_micro_batches_that_do_not_fit_are_refused(small_config):
+    loaded = open_data(small_config)
+    mesh = sharding.make_mesh(1, 1)
+    small_config.micro_batch = 5
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="micro-batches of 5 requests"):
+        steps.train_step(steps.bind(small_config, loaded.spec, mesh, 1))
+    small_config.micro_batch = 16
+    small_config.model = din.default_config()
+    with jax.set_mesh(mesh):
+        experiment = steps.bind(small_config, loaded.spec, mesh, 1)
+        state = steps.init_state(experiment, 0)
+        batch = sharding.put_batch(steps.empty_batch(loaded.spec, 64, 12), mesh)
+        with pytest.raises(ValueError, match="batch statistics"):
+            steps.train_step(experiment)(state, batch)
 
 
 def test_evaluation_is_exact_whatever_the_batch(small_config, tmp_path):

@@ -1,0 +1,320 @@
+"""Builder `events`: bring your own log of events, with optional user and item tables.
+
+Every option is a column name or an SQL expression (DuckDB) over the event `e`, the item `i` (the
+row of `items` with the event's item) and `e.filename`; a name that only one of them has needs no
+prefix. DEFAULTS says what each option means. ML-1M-CTR v2 and v1 (configs/sparsectr_movielens.py):
+
+    data = ConfigDict(dict(
+        builder="events", name="movielens_v2", raw_dir=..., prepared_dir=...,
+        events=("events.parquet",), user="user", time="ts", time_floor=3600,
+        users="users.parquet", users_key="user",
+        label="rating >= 4", request="event", ties="order",
+        train="ts < 978133414", test="ts >= 978133414", valid_fraction=0.05,
+        candidate=dict(item="item", genres="genres"),
+        behaviour=dict(item="item", genres="genres", rating="rating"),
+        user_columns=dict(user_id="user", gender="gender", age="age", occupation="occupation")))
+    # v1: name="movielens_v1", time_floor=0, train="ts >= 975768738 and ts < 978133414"
+
+KuaiRand-CTR v1 (configs/sparsectr_kuairand.py), whose stored lists become the start of histories:
+
+    data = ConfigDict(dict(
+        builder="events", name="kuairand_v1", raw_dir=..., prepared_dir=...,
+        events=("val.parquet", "test.parquet"), user="user_id", item="video_id",
+        time="time_ms", time_unit="ms", label="is_click", request=60, ties="strict",
+        train="e.filename = 'val.parquet'", test="e.filename = 'test.parquet'",
+        valid_fraction=0.1, max_candidates=2,
+        items="item_features.parquet", items_key="video_id",
+        users="user_features.parquet", users_key="user_id",
+        prior=dict(file="user_sequences.parquet", user="user_id", items="watch_seq",
+                   time="last_time_ms", behaviour=dict(video="p.item", type=STORED_TYPE)),
+        candidate=dict(video="e.video_id", author="i.author_id", tag="i.tag",
+                       video_type="i.video_type", upload_type="i.upload_type",
+                       music_type="i.music_type", duration="i.video_duration"),
+        context=dict(tab="e.tab"),
+        behaviour=dict(video="e.video_id", author="i.author_id", tag="i.tag",
+                       type="CASE WHEN e.is_click = 1 THEN 'click' ELSE 'no click' END"),
+        user_columns={name: name for name in ("user_id", *USER_IDS, *USER_COUNTS)},
+        kinds={"candidate/duration": "quantile",
+               **{f"user/{name}": "quantile" for name in USER_COUNTS}}))
+    # STORED_TYPE: CASE WHEN list_contains(p.like_seq, p.item) THEN 'stored like'
+    #     WHEN list_contains(p.long_watch_seq, p.item) THEN 'stored long view' ELSE 'stored' END
+    # USER_COUNTS: follow_user_num, fans_user_num, friend_user_num, register_days
+    # USER_IDS: the other columns of user_features.parquet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from ctr_jax.data import raw
+from ctr_jax.data.builder import PreparedBuilder, Report
+from ctr_jax.data.errors import DataError
+from ctr_jax.data.plan import DEFAULT_BUCKETS, Field, Plan
+from ctr_jax.data.row_checks import check_rows, unique_key
+
+UNITS = {"s": 1, "ms": 1000, "us": 1_000_000}
+DEFAULTS: dict[str, Any] = {
+    "name": "",
+    "max_candidates": 1,
+    "min_count": 2,
+    "valid_fraction": 0.05,
+    "on_bad_row": "raise",
+    "buckets": DEFAULT_BUCKETS,
+    "events": "events.parquet",  # file names or globs within raw_dir
+    "types": {},  # DuckDB types of CSV columns that the first rows do not tell
+    "user": "user",
+    "time": "time",
+    "time_unit": "s",
+    "time_floor": 0,  # seconds; every stored time is floored to a multiple of it
+    "label": "label",  # 0 or 1 (or a condition), read where the event is a target
+    "is_behaviour": "TRUE",  # events that enter the history of later requests
+    # "event" (each its own), "time" (of one user at one time), a number of seconds (of one user in
+    # one time bucket, at the time of its first event) or SQL of a request id.
+    "request": "event",
+    "ties": "strict",  # "order": the file's order decides what was before; "strict": earlier times
+    "train": "",  # conditions: which events are targets of which split
+    "valid": "",  # empty = the last valid_fraction of train by time
+    "test": "",
+    "items": "",  # file with one row per items_key; `item` is that key of an event
+    "items_key": "item",
+    "item": "item",
+    "users": "",
+    "users_key": "user",
+    "prior": {},  # histories from before the log; see Events.load
+    "candidate": {},  # {column: SQL}, likewise the next three
+    "context": {},
+    "behaviour": {},
+    "user_columns": {},  # over the user table; "user" columns of the data set
+    "kinds": {},  # {"group/column": "quantile" | "standard"}; the others are ids
+    "vocabularies": {},  # {"group/column": vocabulary}; columns of one name share one
+}
+_COMMON = ("builder", "raw_dir", "prepared_dir", "memory_limit", "threads", "generate")
+_PRIOR = {"file", "user", "items", "time", "behaviour"}
+
+
+class Events(PreparedBuilder, skip_registration=True):
+    """See the module's docstring for the options."""
+
+    @staticmethod
+    def raw_files(options: Mapping[str, Any]) -> list[Path]:
+        options = complete(options)
+        files = raw.find_files(options["raw_dir"], options["events"])
+        for name in (options["items"], options["users"], options["prior"].get("file")):
+            if name:
+                files += raw.find_files(options["raw_dir"], name)
+        return files
+
+    @staticmethod
+    def plan(options: Mapping[str, Any]) -> Plan:
+        options = complete(options)
+        groups = {"user": "user_columns"}
+        fields = [
+            Field(
+                group,
+                name,
+                options["kinds"].get(f"{group}/{name}", "id"),
+                options["vocabularies"].get(f"{group}/{name}", ""),
+            )
+            for group in ("user", "context", "behaviour", "candidate")
+            for name in options[groups.get(group, group)]
+        ]
+        for option in ("kinds", "vocabularies"):
+            unknown = sorted(set(options[option]) - {f.key for f in fields})
+            if unknown:
+                raise DataError(f"data.{option} names {unknown}, which are no columns")
+        request = options["request"]
+        return Plan(
+            fields=tuple(fields),
+            max_candidates=options["max_candidates"],
+            request=request if request in ("event", "time") else "key",
+            ties=options["ties"],
+            impressions_are_behaviours=True,
+            buckets=options["buckets"],
+            min_count=options["min_count"],
+            valid_fraction=options["valid_fraction"],
+        )
+
+    def load(self, con: duckdb.DuckDBPyConnection, report: Report) -> None:
+        """Creates the views of plan.py.
+
+        `prior` = dict(file, user, items, time, behaviour) adds the items of a list column, in
+        order, to the history of its user at one time; `behaviour` gives SQL over `p` (the row, and
+        p.item) and `i` for the columns that differ from the events' own.
+        """
+        options = complete(self.options)
+        skip = {"on_bad_row": options["on_bad_row"], "types": options["types"]}
+        root = options["raw_dir"]
+        events = raw.load(
+            con,
+            "raw_events",
+            raw.find_files(root, options["events"]),
+            report,
+            numeric=(options["time"], options["label"]),
+            **skip,
+        )
+        source = self._source(con, options, report, skip)
+        good = self._check(con, events, source, options, report)
+
+        unit, floor = UNITS[options["time_unit"]], int(options["time_floor"])
+        seconds = f"CAST(floor(order_time / {unit}) AS BIGINT)"
+        floored = f"{seconds} // {floor} * {floor}" if floor else seconds
+        request = options["request"]
+        if request in ("event", "time"):
+            request_key = ""
+        elif isinstance(request, int):
+            request_key = f", {seconds} // {request} AS request_key"
+        else:
+            request_key = f", ({request}) AS request_key"
+        columns = "".join(
+            f', ({sql}) AS "{group}/{name}"'
+            for group in ("context", "candidate", "behaviour")
+            for name, sql in options[group].items()
+        )
+        con.execute(
+            f"""
+            CREATE OR REPLACE VIEW good_events AS
+            SELECT ({options["user"]}) AS user_key,
+                   {time_value(con, options, source)} AS order_time,
+                   CAST({floored} AS INTEGER) AS time, e.rowid AS seq,
+                   ({options["is_behaviour"]}) AS keep, {target_range(options)} AS "range",
+                   TRY_CAST(TRY({options["label"]}) AS UTINYINT) AS label {request_key} {columns}
+            FROM {source} WHERE {good}"""
+        )
+        con.execute("CREATE OR REPLACE VIEW impressions AS SELECT * FROM good_events")
+        self._create_behaviours(con, options, report, skip)
+        self._create_users(con, options, report, skip)
+
+    def _source(self, con, options, report, skip) -> str:
+        """FROM clause: events `e`, joined with their items `i` if there is an item table."""
+        if not options["items"]:
+            return "(SELECT rowid, * FROM raw_events) e"
+        files = raw.find_files(options["raw_dir"], options["items"])
+        items = raw.load(con, "raw_items", files, report, **skip)
+        unique_key(con, items, options["items_key"])
+        return f"""(SELECT rowid, *, ({options["item"]}) AS item_of_event FROM raw_events e) e
+            LEFT JOIN raw_items i ON i."{options["items_key"]}" = e.item_of_event"""
+
+    def _check(self, con, events: raw.RawTable, source: str, options, report: Report) -> str:
+        user, time, label = (f"({options[k]})" for k in ("user", "time", "label"))
+        value = time_value(con, options, source)
+        largest = (2**31 - 1) * UNITS[options["time_unit"]]
+        number = f"TRY_CAST(TRY({label}) AS DOUBLE)"
+        target = f"({target_range(options)}) IS NOT NULL"
+        checks = {
+            "missing user": (f"{user} IS NULL", user),
+            "unparsable time": (f"{value} IS NULL", time),
+            "negative time": (f"{value} < 0", time),
+            f"time after 2038 in unit {options['time_unit']}": (f"{value} > {largest}", time),
+            "label not 0 or 1": (
+                f"{target} AND ({number} IS NULL OR {number} NOT IN (0, 1))",
+                f"TRY({label})",
+            ),
+        }
+        request = options["request"]
+        if isinstance(request, str) and request not in ("event", "time"):
+            checks["missing request id"] = (f"({request}) IS NULL", f"({request})")
+        return check_rows(con, events, source, "e.rowid", checks, report, options["on_bad_row"])
+
+    def _create_behaviours(self, con, options, report, skip) -> None:
+        own = "".join(f', "behaviour/{name}"' for name in options["behaviour"])
+        query = f"SELECT user_key, order_time, time, seq, keep {own} FROM good_events"
+        prior = options["prior"]
+        if prior:
+            files = raw.find_files(options["raw_dir"], prior["file"])
+            table = raw.load(con, "raw_prior", files, report, **skip)
+            for column in (prior["user"], prior["items"], prior["time"]):
+                if column not in table.columns:
+                    raise DataError(
+                        f"{files[0]}: no column {column!r}; it has {list(table.columns)}"
+                    )
+            time = f'p."{prior["time"]}"'
+            checks = {"missing or negative time": (f"{time} IS NULL OR {time} < 0", time)}
+            source = f'(SELECT rowid, * FROM raw_prior WHERE len("{prior["items"]}") > 0) p'
+            good = check_rows(con, table, source, "p.rowid", checks, report, options["on_bad_row"])
+            unit, floor = UNITS[options["time_unit"]], int(options["time_floor"])
+            seconds = f'CAST(floor(p."{prior["time"]}" / {unit}) AS BIGINT)'
+            floored = f"{seconds} // {floor} * {floor}" if floor else seconds
+            sql = {**options["behaviour"], **prior.get("behaviour", {})}
+            columns = "".join(
+                f', ({sql[name]}) AS "behaviour/{name}"' for name in options["behaviour"]
+            )
+            join = ""
+            if options["items"]:
+                join = f'LEFT JOIN raw_items i ON i."{options["items_key"]}" = p.item'
+            # Before the user's own events of the same time: negative seq, oldest first.
+            con.execute(
+                f"""
+                CREATE OR REPLACE VIEW prior_behaviours AS
+                SELECT p."{prior["user"]}" AS user_key, p."{prior["time"]}" AS order_time,
+                       CAST({floored} AS INTEGER) AS time, p.seq, TRUE AS keep {columns}
+                FROM (SELECT * EXCLUDE (position), rowid * 1000000 + position - {1 << 62} AS seq
+                    FROM (SELECT rowid, *, unnest("{prior["items"]}") AS item,
+                           generate_subscripts("{prior["items"]}", 1) AS position
+                    FROM raw_prior)) p {join} WHERE {good}"""
+            )
+            query += " UNION ALL SELECT * FROM prior_behaviours"
+        con.execute(f"CREATE OR REPLACE VIEW behaviours AS {query}")
+
+    def _create_users(self, con, options, report, skip) -> None:
+        columns = "".join(
+            f', ({sql}) AS "user/{name}"' for name, sql in options["user_columns"].items()
+        )
+        if not options["users"]:
+            query = f"""SELECT user_key {columns} FROM (
+                SELECT DISTINCT user_key, user_key AS "user" FROM good_events)"""
+        else:
+            files = raw.find_files(options["raw_dir"], options["users"])
+            users = raw.load(con, "raw_users", files, report, **skip)
+            key = options["users_key"]
+            unique_key(con, users, key)
+            # The key itself is known even where the table lacks the user.
+            query = f"""SELECT user_key {columns} FROM (
+                SELECT k.user_key, u.* REPLACE (k.user_key AS "{key}")
+                FROM (SELECT DISTINCT user_key FROM good_events) k
+                LEFT JOIN raw_users u ON u."{key}" = k.user_key)"""
+        con.execute(f"CREATE OR REPLACE VIEW users AS {query}")
+
+
+def complete(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with their defaults.
+
+    Raises:
+      DataError: an option is unknown or has no possible value.
+    """
+    unknown = sorted(set(options) - set(DEFAULTS) - set(_COMMON))
+    if unknown:
+        raise DataError(
+            f"data has no options {unknown}; the events builder knows {sorted(DEFAULTS)}"
+        )
+    full = {**DEFAULTS, **options}
+    if full["time_unit"] not in UNITS:
+        raise DataError(f"data.time_unit is {full['time_unit']!r}; use one of {sorted(UNITS)}")
+    if not full["train"] or not full["test"]:
+        raise DataError("data.train and data.test must say which events are targets of which split")
+    unknown = sorted(set(full["prior"]) - _PRIOR)
+    if unknown:
+        raise DataError(f"data.prior has no options {unknown}; it knows {sorted(_PRIOR)}")
+    return full
+
+
+def target_range(options: Mapping[str, Any]) -> str:
+    """SQL of the split range an event is a target of, or NULL."""
+    cases = " ".join(
+        f"WHEN ({options[r]}) THEN '{r}'" for r in ("train", "valid", "test") if options[r]
+    )
+    return f"CASE {cases} END"
+
+
+def time_value(con: duckdb.DuckDBPyConnection, options: Mapping[str, Any], source: str) -> str:
+    """SQL of an event's time in `time_unit`, as BIGINT or DOUBLE; NULL where it cannot be read."""
+    time, unit = f"({options['time']})", UNITS[options["time_unit"]]
+    kind = con.execute(f"DESCRIBE SELECT {time} AS time FROM {source}").fetchone()[1]
+    if kind.startswith(("TIMESTAMP", "DATE")):
+        return f"CAST(floor(epoch_us(CAST({time} AS TIMESTAMP)) / {1_000_000 // unit}) AS BIGINT)"
+    if kind in ("DOUBLE", "FLOAT") or kind.startswith("DECIMAL"):
+        return f"CASE WHEN isfinite(CAST({time} AS DOUBLE)) THEN CAST({time} AS DOUBLE) END"
+    return f"TRY_CAST({time} AS BIGINT)"

@@ -1,0 +1,141 @@
+"""prepare(config.data): raw log -> prepared data set, once.
+
+The directory is `<prepared_dir>/<builder>/<name>-<fingerprint>/<version>`, where the fingerprint
+covers the builder's options and the raw files (name, size, time of change). The same options and
+files are prepared once; anything else is another directory. `python -m ctr_jax.data.prepare
+--config=configs/<file>.py` prepares without training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import duckdb
+from ml_collections import ConfigDict
+
+from ctr_jax.data.errors import DataError
+
+BUILDERS = {
+    "alibaba": "ctr_jax.data.alibaba:Alibaba",
+    "eleme": "ctr_jax.data.eleme:Eleme",
+    "events": "ctr_jax.data.events:Events",
+}
+# Raised whenever preparation gives other records for the same options and files.
+FORMAT = 2
+# Options that say where and how, not what: they do not change the prepared data set.
+_NOT_CONTENT = ("raw_dir", "prepared_dir", "memory_limit", "threads", "generate")
+
+
+def prepare(config: ConfigDict) -> Path:
+    """Prepares the data set that `config` (config.data) describes, unless it is there already.
+
+    Returns:
+      The directory of the prepared data set.
+    Raises:
+      DataError: raw files are absent or bad, or an option is wrong.
+    """
+    options = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    builder_class = find_builder(options.get("builder", ""))
+    for name in ("raw_dir", "prepared_dir"):
+        if not options.get(name):
+            raise DataError(f"data.{name} is not set")
+    files = builder_class.raw_files(options)
+    builder = make_builder(builder_class, options, files)
+    directory = Path(builder.data_dir)
+    if not is_complete(directory):
+        with _locked(directory.parent):
+            if not is_complete(directory):
+                _remove_leftovers(directory)
+                try:
+                    builder.download_and_prepare()
+                except duckdb.Error as error:
+                    raise DataError(
+                        f"{options['raw_dir']}: {type(error).__name__}: {_short(error)}"
+                    ) from error
+    return directory
+
+
+def find_builder(name: str) -> type:
+    """The builder class of `data.builder`."""
+    if name not in BUILDERS:
+        raise DataError(f"data.builder is {name!r}; use one of {sorted(BUILDERS)}")
+    module, attribute = BUILDERS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def make_builder(builder_class: type, options: Mapping[str, Any], files: list[Path]) -> Any:
+    """The TFDS builder of these options and files."""
+    from ctr_jax.data.builder import VERSION, PreparationConfig
+
+    name = f"{options.get('name') or options['builder']}-{fingerprint(options, files)}"
+    config = PreparationConfig(name=name, version=VERSION, options=options, files=tuple(files))
+    return builder_class(
+        data_dir=options["prepared_dir"], config=config, file_format="array_record"
+    )
+
+
+def fingerprint(options: Mapping[str, Any], files: list[Path]) -> str:
+    """12 hex digits over FORMAT, the options that matter, each raw file's name, size and mtime."""
+    content = {k: v for k, v in options.items() if k not in _NOT_CONTENT}
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    text = json.dumps([FORMAT, content, stats], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether `directory` is a finished data set; it gets its name only when everything is."""
+    return (directory / "dataset_info.json").exists() and (directory / "spec.json").exists()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Lets one process at a time prepare below `directory`; the others wait and find it done."""
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes what a killed preparation left; only the holder of the lock may."""
+    for leftover in directory.parent.glob("incomplete.*"):
+        shutil.rmtree(leftover)
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def main() -> None:
+    from absl import app, flags
+    from ml_collections import config_flags
+
+    config_flag = config_flags.DEFINE_config_file("config", None, "The experiment's config file.")
+    flags.mark_flag_as_required("config")
+
+    def run(argv: list[str]) -> None:
+        del argv
+        try:
+            print(prepare(config_flag.value.data))
+        except DataError as error:
+            raise SystemExit(f"error: {error}") from None
+
+    app.run(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Impressions -> requests -> records: grouping, splitting over rows, and the histories' ends.
+
+A record holds up to C candidates of one request that share their context values. A request with
+more candidates, or with more than one context, fills several records of one request_id, and all of
+them see the same history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import duckdb
+import numpy as np
+
+import seqvault
+from ctr_jax.data.plan import Plan
+from ctr_jax.data.vocabulary import Encoder
+
+SPLITS = ("train", "valid", "test")
+BATCH_ROWS = 1 << 16
+# What makes rows one request, in the order in which requests are numbered within a split.
+_GROUP = {
+    "event": ("request_order", "user_key", "seq"),
+    "time": ("request_order", "user_key"),
+    "key": ("request_order", "user_key", "request_key"),
+}
+
+
+def place_impressions(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, float | None]:
+    """Creates the view `placed`: impressions with request_order, request_time and split.
+
+    Also creates the tables user_ids (user_key, "user"), user_training (user_key, n: its training
+    impressions) and the view behaviours_fit (behaviours that vocabularies may count).
+
+    Returns:
+      {"valid_from": first order_time of the valid tail (None if the log names its own valid
+      range), "behaviours_before": the bound of behaviours_fit (None if the plan has its own)}.
+    """
+    if plan.request == "key":
+        con.execute(
+            """
+            CREATE OR REPLACE TABLE request_times AS
+            SELECT "range", user_key, request_key, min(order_time) AS request_order,
+                   min(time) AS request_time
+            FROM impressions WHERE "range" IS NOT NULL GROUP BY ALL"""
+        )
+        source = 'impressions i JOIN request_times r USING ("range", user_key, request_key)'
+        times = "r.request_order, r.request_time"
+    else:
+        source = "impressions i"
+        times = "i.order_time AS request_order, i.time AS request_time"
+    con.execute(
+        f"""
+        CREATE OR REPLACE VIEW ranged AS SELECT i.*, {times} FROM {source}
+        WHERE i."range" IS NOT NULL"""
+    )
+    own_valid = con.execute("SELECT count(*) FROM ranged WHERE \"range\" = 'valid'").fetchone()[0]
+    valid_from = None if own_valid else _tail_start(con, plan.valid_fraction)
+    split = '"range"'
+    if valid_from is not None:
+        split = f"CASE WHEN \"range\" = 'train' AND request_order >= {valid_from!r} THEN 'valid' "
+        split += 'ELSE "range" END'
+    con.execute(f"CREATE OR REPLACE VIEW placed AS SELECT *, {split} AS split FROM ranged")
+    con.execute(
+        """
+        CREATE OR REPLACE TABLE user_ids AS
+        SELECT user_key, CAST(row_number() OVER (ORDER BY user_key) - 1 AS INTEGER) AS "user"
+        FROM (SELECT DISTINCT user_key FROM placed)"""
+    )
+    con.execute(
+        """
+        CREATE OR REPLACE TABLE user_training AS
+        SELECT user_key, count(*) AS n FROM placed WHERE split = 'train' GROUP BY user_key"""
+    )
+    bound, predicate = None, plan.fit_behaviours
+    if not predicate:
+        bound = con.execute(
+            "SELECT min(order_time) FROM placed WHERE split IN ('valid', 'test')"
+        ).fetchone()[0]
+        predicate = "TRUE" if bound is None else f"order_time < {bound!r}"
+    con.execute(
+        f"""
+        CREATE OR REPLACE VIEW behaviours_fit AS
+        SELECT * FROM behaviours SEMI JOIN user_ids USING (user_key) WHERE keep AND ({predicate})"""
+    )
+    return {"valid_from": valid_from, "behaviours_before": bound}
+
+
+def _tail_start(con: duckdb.DuckDBPyConnection, fraction: float) -> float | None:
+    """The request_order from which at most `fraction` of the training impressions lie.
+
+    Impressions of one moment stay together, so the tail may be a little short of the fraction, or
+    be a single moment that is longer. None when there are no training impressions.
+    """
+    total = con.execute("SELECT count(*) FROM ranged WHERE \"range\" = 'train'").fetchone()[0]
+    moments = con.cursor().sql(
+        """
+        SELECT request_order, count(*) AS n FROM ranged WHERE "range" = 'train'
+        GROUP BY 1 ORDER BY 1 DESC"""
+    )
+    start, tail = None, 0
+    for batch in moments.to_arrow_reader(BATCH_ROWS):
+        if not batch.num_rows:
+            continue
+        counts = tail + np.cumsum(batch["n"].to_numpy())
+        inside = int(np.searchsorted(counts, fraction * total, side="right"))
+        if inside or start is None:
+            start = batch["request_order"][max(inside - 1, 0)].as_py()
+        if inside < batch.num_rows:
+            break
+        tail = int(counts[-1])
+    return start
+
+
+def group_sizes(
+    con: duckdb.DuckDBPyConnection, plan: Plan, by_context: bool = False
+) -> dict[str, dict[int, int]]:
+    """{split: {candidates in a request (of one context): number of such}}."""
+    sizes: dict[str, dict[int, int]] = {split: {} for split in SPLITS}
+    if plan.request == "event":
+        query = "SELECT split, 1, count(*) FROM placed GROUP BY split"
+    else:
+        contexts = _contexts(plan, "placed") if by_context else []
+        keys = ", ".join([*_GROUP[plan.request], *contexts])
+        query = f"""
+            SELECT split, n, count(*) FROM (
+                SELECT split, count(*) AS n FROM placed GROUP BY split, {keys})
+            GROUP BY split, n ORDER BY split, n"""
+    for split, size, count in con.execute(query).fetchall():
+        sizes[split][size] = count
+    return sizes
+
+
+def _contexts(plan: Plan, alias: str) -> list[str]:
+    """SQL of the context values as texts; '' = missing."""
+    return [f"coalesce(CAST({alias}.\"{f.key}\" AS VARCHAR), '')" for f in plan.group("context")]
+
+
+def num_records(sizes: dict[int, int], max_candidates: int) -> int:
+    """Records of groups of these sizes (by context), at most C candidates in each."""
+    return sum(-(-size // max_candidates) * count for size, count in sizes.items())
+
+
+def encode_users(
+    con: duckdb.DuckDBPyConnection, encoders: Sequence[Encoder]
+) -> dict[str, np.ndarray]:
+    """{"user/<name>": [U] ids or values} of all users, in the order of their rows."""
+    select = "".join(f", {e.sql('x')}" for e in encoders)
+    rows = con.cursor().sql(
+        f"""SELECT u."user" {select} FROM user_ids u LEFT JOIN users x USING (user_key)
+        ORDER BY u."user\""""
+    )
+    parts: dict[str, list[np.ndarray]] = {e.field.key: [] for e in encoders}
+    for batch in rows.to_arrow_reader(BATCH_ROWS):
+        for encoder in encoders:
+            parts[encoder.field.key].append(encoder.encode(batch[encoder.field.key]))
+    return {key: np.concatenate(part) for key, part in parts.items()}
+
+
+def split_records(
+    con: duckdb.DuckDBPyConnection,
+    plan: Plan,
+    split: str,
+    encoders: Sequence[Encoder],
+    users: Mapping[str, np.ndarray],
+    dtype: np.dtype,
+    histories: Path,
+    ends: Path,
+    first_request: int,
+) -> Iterator[np.ndarray]:
+    """Records of one split in the order of (request time, user, request), in structured arrays.
+
+    Candidates are in file order. Requests are numbered from `first_request`.
+    """
+    select = "".join(f", {e.sql('i')}" for e in encoders)
+    end, join = "", ""
+    if plan.ties == "order":
+        end, join = ', e."end"', f"JOIN read_parquet('{_quoted(ends)}') e ON e.seq = i.seq"
+    keys = ['u."user"' if k == "user_key" else f"i.{k}" for k in _GROUP[plan.request]]
+    groups = keys + (_contexts(plan, "i") if plan.request != "event" else [])
+    query = f"""
+        SELECT u."user", i.request_time, i.label {select} {end},
+            {", ".join(f"{k} AS g{n}" for n, k in enumerate(groups))}
+        FROM placed i JOIN user_ids u USING (user_key) {join}
+        WHERE i.split = '{split}' ORDER BY {", ".join(groups)}, i.seq"""
+    carry: dict[str, np.ndarray] = {}
+    request = first_request
+    for batch in con.cursor().sql(query).to_arrow_reader(BATCH_ROWS):
+        known = {e.field.key: e.encode(batch[e.field.key]) for e in encoders}
+        rows = {
+            n: known[n] if n in known else batch[n].to_numpy(zero_copy_only=False)
+            for n in batch.schema.names
+        }
+        if carry:
+            rows = {n: np.concatenate([carry[n], c]) for n, c in rows.items()}
+        new_request = _changes([rows[f"g{n}"] for n in range(len(keys))])
+        last = np.flatnonzero(new_request)[-1]  # the last request may go on in the next batch
+        carry = {n: c[last:] for n, c in rows.items()}
+        if last:
+            done = {n: c[:last] for n, c in rows.items()}
+            numbers = request + np.cumsum(new_request[:last]) - 1
+            yield _fill(done, numbers, len(groups), plan, users, dtype, histories)
+            request = int(numbers[-1]) + 1
+    if carry:
+        numbers = np.full(len(carry["user"]), request)
+        yield _fill(carry, numbers, len(groups), plan, users, dtype, histories)
+
+
+def _changes(keys: list[np.ndarray]) -> np.ndarray:
+    """[N] bool: whether a row differs from the one before in any key; the first does."""
+    change = np.zeros(len(keys[0]), bool)
+    change[0] = True
+    for key in keys:
+        change[1:] |= key[1:] != key[:-1]
+    return change
+
+
+def _fill(
+    rows: dict[str, np.ndarray],
+    numbers: np.ndarray,
+    num_groups: int,
+    plan: Plan,
+    users: Mapping[str, np.ndarray],
+    dtype: np.dtype,
+    histories: Path,
+) -> np.ndarray:
+    """Structured records of whole requests; `numbers` [N] are the rows' request ids."""
+    c, n = plan.max_candidates, len(numbers)
+    start = np.flatnonzero(_changes([rows[f"g{g}"] for g in range(num_groups)]))
+    sizes = np.diff(np.append(start, n))
+    group = np.repeat(np.arange(len(start)), sizes)
+    position = np.arange(n) - start[group]
+    pieces = -(-sizes // c)  # records per group
+    record = (np.cumsum(pieces) - pieces)[group] + position // c
+    slot = position % c
+    head = np.flatnonzero(slot == 0)  # the first row of each record
+
+    records = np.zeros(len(head), dtype)
+    records["user"] = rows["user"][head]
+    records["request_id"] = numbers[head]
+    records["request_time"] = rows["request_time"][head]
+    if plan.ties == "order":
+        records["end"] = rows["end"][head]
+    else:  # opened here and dropped, so that mapped pages do not pile up over a long run
+        vault = seqvault.open(histories)
+        records["end"] = vault.resolve(records["user"], records["request_time"])
+    for key, values in users.items():
+        records[key] = values[records["user"]]
+    for field in plan.group("context"):
+        records[field.key] = rows[field.key][head]
+    for field in plan.group("candidate"):
+        records[field.key][record, slot] = rows[field.key]
+    records["label"][record, slot] = rows["label"]
+    records["num_candidates"] = np.bincount(record, minlength=len(records))
+    return records
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "''")

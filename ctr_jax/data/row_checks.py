@@ -1,0 +1,74 @@
+"""Checks of raw rows by value: the first bad row is named, or bad rows are skipped and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import duckdb
+
+from ctr_jax.data.errors import DataError
+from ctr_jax.data.raw import RawTable, sql_name, sql_text
+
+
+def check_rows(
+    con: duckdb.DuckDBPyConnection,
+    table: RawTable,
+    source: str,
+    row: str,
+    checks: Mapping[str, tuple[str, str]],
+    report: dict[str, Any],
+    on_bad_row: str,
+) -> str:
+    """Applies row checks; returns an SQL predicate of the good rows.
+
+    Args:
+      source: the FROM clause, over which all SQL here is written.
+      row: SQL of the row's rowid in `table`.
+      checks: {what is wrong: (SQL predicate of bad rows, SQL of the value to show)}; a row counts
+        under the first that holds.
+    Raises:
+      DataError: a row is bad and `on_bad_row` is "raise".
+    """
+    reason = " ".join(f"WHEN {bad} THEN {sql_text(what)}" for what, (bad, _) in checks.items())
+    reason = f"CASE {reason} END"
+    if on_bad_row == "raise":
+        shown = " ".join(
+            f"WHEN {bad} THEN CAST({value} AS VARCHAR)" for bad, value in checks.values()
+        )
+        first = con.execute(
+            f"""
+            SELECT {row} AS bad_row, {reason} AS reason, CASE {shown} END FROM {source}
+            WHERE ({reason}) IS NOT NULL ORDER BY bad_row LIMIT 1"""
+        ).fetchone()
+        if first is not None:
+            number, what, value = first
+            raise DataError(
+                f"{table.place(number)}: {what}: {value!r}; correct the row, or set "
+                "data.on_bad_row = 'skip' to leave such rows out"
+            )
+        return "TRUE"
+    counts = con.execute(
+        f"SELECT {reason} AS reason, count(*) FROM {source} GROUP BY reason ORDER BY reason"
+    ).fetchall()
+    bad_rows = {what: count for what, count in counts if what is not None}
+    for what, count in bad_rows.items():
+        report["skipped"][what] = report["skipped"].get(what, 0) + count
+    return f"(({reason}) IS NULL)" if bad_rows else "TRUE"
+
+
+def unique_key(con: duckdb.DuckDBPyConnection, table: RawTable, column: str) -> None:
+    """Raises DataError if a table lacks its key column or two of its rows share a key."""
+    if column not in table.columns:
+        raise DataError(
+            f"{table.files[0]}: no column {column!r}; the file has {list(table.columns)}"
+        )
+    twice = con.execute(
+        f"SELECT {sql_name(column)}, max(rowid) FROM {table.name} "
+        f"WHERE {sql_name(column)} IS NOT NULL "
+        "GROUP BY 1 HAVING count(*) > 1 ORDER BY 2 LIMIT 1"
+    ).fetchone()
+    if twice is not None:
+        raise DataError(
+            f"{table.place(twice[1])}: {column} {twice[0]!r} occurs twice; keep one row"
+        )
