@@ -1,0 +1,103 @@
+"""Layers that several models use. Norms and softmax compute in float32 whatever the activations.
+
+Axis letters: B requests, L history, d model width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = {"relu": nn.relu, "swish": nn.swish, "gelu": nn.gelu, "tanh": jnp.tanh}
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """float32 for float32 and narrower, float64 for float64: what softmax and logits use."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def masked_softmax(logits: jax.Array, mask: jax.Array, axis: int = -1) -> jax.Array:
+    """Softmax over the entries where `mask`; an empty set gives 0, never a uniform row or NaN.
+
+    Args:
+      logits: any shape, any float dtype; entries outside the mask may hold anything but NaN.
+      mask: bool, broadcastable to logits.
+    Returns:
+      logits' shape in float32 (float64 for float64 logits). Gradients are finite everywhere.
+    """
+    logits = logits.astype(accumulation_dtype(logits.dtype))
+    logits = jnp.where(mask, logits, -jnp.inf)
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis, keepdims=True))
+    # exp(-inf - 0) = 0 with gradient 0: a fully masked row has peak -inf and would give NaN.
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0))
+    total = jnp.sum(weights, axis, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich 2019).
+
+    Attributes:
+      eps: added to the mean square, or to its root where `eps_outside_root` (SUAN's habit).
+      dtype: of the result; the mean square is taken in float32.
+    """
+
+    eps: float = 1e-6
+    eps_outside_root: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(accumulation_dtype(x.dtype))
+        square = jnp.mean(x32 * x32, -1, keepdims=True)
+        if self.eps_outside_root:
+            # The inner where keeps d sqrt(0) out of the gradient of an all-zero row.
+            root = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+            inverse = 1 / (root + self.eps)
+        else:
+            inverse = jax.lax.rsqrt(square + self.eps)
+        return (x32 * inverse * scale).astype(self.dtype)
+
+
+class SwiGLU(nn.Module):
+    """(swish(x W1) * (x W2)) W3 (SparseCTR eq. 2; Shazeer 2020).
+
+    Attributes:
+      hidden: width of W1 and W2.
+      use_bias: the paper writes none; SUAN has them.
+    """
+
+    hidden: int
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., d] -> [..., d]."""
+
+        def dense(width: int, name: str) -> nn.Dense:
+            return nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype, name=name)
+
+        gate = nn.swish(dense(self.hidden, "w1")(x)) * dense(self.hidden, "w2")(x)
+        return dense(x.shape[-1], "w3")(gate)
+
+
+class MLP(nn.Module):
+    """Dense layers of the given widths, `activation` between them and none after the last."""
+
+    widths: Sequence[int]
+    activation: str = "relu"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., d] -> [..., widths[-1]]."""
+        for i, width in enumerate(self.widths):
+            if i:
+                x = ACTIVATIONS[self.activation](x)
+            x = nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(x)
+        return x
