@@ -47,9 +47,10 @@ def prepared_dir(tmp_path_factory):
 
 @pytest.fixture
 def small_config(small_log, prepared_dir):
-    """A whole experiment that trains in seconds; tests change what they look at."""
+    """A whole experiment that trains in seconds; tests change what they look at. Its model is the
+    one that compiles fastest."""
+    from baselines_jax import din
     from ctr_jax.config import base_config
-    from sparsectr_jax.model import default_config
 
     split = 1_000_000_000 + 15 * 86400
     config = base_config()
@@ -66,8 +67,10 @@ def small_config(small_log, prepared_dir):
     config.history_length = 12
     config.batch_size = 64
     config.eval_batch_size = 48
-    config.model = default_config()
-    config.model.update(dict(embedding_width=4, width=8, num_layers=1, num_heads=2, num_chunks=3))
+    config.model = din.default_config()
+    config.model.update(
+        dict(embedding_width=4, width=8, attention_hidden=(6,), head_hidden=(8,), activation="relu")
+    )
     config.total_epochs = 0.0
     config.total_steps = 6
     config.log_steps = 2
@@ -75,3 +78,13 @@ def small_config(small_log, prepared_dir):
     config.checkpoint_steps = 3
     config.mesh.data = 1
     return config
+
+
+@pytest.fixture
+def small_sparsectr():
+    """config.model of a SparseCTR that fits small_config."""
+    from sparsectr_jax.model import default_config
+
+    model = default_config()
+    model.update(dict(embedding_width=4, width=8, num_layers=2, num_heads=2, num_chunks=3))
+    return model

@@ -107,6 +107,6 @@ def test_training_and_evaluation_from_the_command_line(config_file, tmp_path):
                 f"--relative_to={workdir}", "--step=4")  # fmt: skip
     assert "rela impr" in again.stdout, again.stderr[-2000:]
     changed = run("train.py", f"--config={config_file}", f"--workdir={workdir}",
-                  "--config.model.num_chunks=5")  # fmt: skip
-    assert changed.returncode != 0 and "model.num_chunks" in changed.stderr
+                  "--config.model.width=5")  # fmt: skip
+    assert changed.returncode != 0 and "model.width" in changed.stderr
     assert os.listdir(workdir / "checkpoints")

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from baselines_jax import din
 from ctr_jax import sharding, steps
 from ctr_jax.checkpoints import Checkpoints, ConfigMismatch
 from ctr_jax.config import identity
@@ -60,10 +59,10 @@ def test_an_asynchronous_save_holds_the_state_of_its_step(small_config, tmp_path
 def test_another_model_data_or_optimizer_is_refused(small_config, tmp_path):
     small_config.total_steps = 2
     train(small_config, tmp_path)
-    small_config.model.num_chunks = 4
-    with pytest.raises(ConfigMismatch, match="model.num_chunks: checkpoint 3, config 4"):
+    small_config.model.width = 4
+    with pytest.raises(ConfigMismatch, match="model.width: checkpoint 8, config 4"):
         train(small_config, tmp_path)
-    small_config.model.num_chunks = 3
+    small_config.model.width = 8
     small_config.optimizer.learning_rate = 0.5
     with pytest.raises(ConfigMismatch, match="optimizer.learning_rate"):
         train(small_config, tmp_path)
@@ -82,8 +81,7 @@ def test_a_non_finite_loss_names_step_and_requests_and_poisons_no_checkpoint(
     small_config.total_steps = 8
 
     def poison(state):
-        state["model"]["head"]["logit"]["bias"] += np.nan
-        return state
+        return {**state, "model": jax.tree.map(lambda x: x + np.nan, state["model"])}
 
     original = Checkpoints.restore
     Checkpoints.restore = lambda *args, **kwargs: poison(original(*args, **kwargs))
@@ -103,6 +101,17 @@ def test_a_non_finite_loss_names_step_and_requests_and_poisons_no_checkpoint(
 
 @pytest.mark.parametrize("data, table", [(8, 1), (4, 2), (2, 4)])
 def test_meshes_agree_with_one_device(small_config, data, table):
+    check_mesh(small_config, data, table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data, table", [(8, 1), (2, 4)])
+def test_meshes_agree_with_one_device_on_sparsectr(small_config, small_sparsectr, data, table):
+    small_config.model = small_sparsectr
+    check_mesh(small_config, data, table)
+
+
+def check_mesh(small_config, data, table):
     loaded = open_data(small_config)
     batches = pipeline.train_batches(
         loaded.split("train"), batch_size=64, history_length=12, seed=0
@@ -131,8 +140,18 @@ def test_meshes_agree_with_one_device(small_config, data, table):
     )
 
 
+@pytest.mark.slow
+def test_micro_batches_add_up_to_the_batch_on_sparsectr(small_config, small_sparsectr):
+    small_config.model = small_sparsectr
+    check_micro_batches(small_config, 4, 4)
+
+
 @pytest.mark.parametrize("micro_batch, data", [(16, 1), (4, 4)])
 def test_micro_batches_add_up_to_the_batch(small_config, micro_batch, data):
+    check_micro_batches(small_config, micro_batch, data)
+
+
+def check_micro_batches(small_config, micro_batch, data):
     loaded = open_data(small_config)
     batch = next(
         pipeline.train_batches(loaded.split("train"), batch_size=64, history_length=12, seed=0)
@@ -168,7 +187,7 @@ def test_micro_batches_that_do_not_fit_are_refused(small_config):
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="micro-batches of 5 requests"):
         steps.train_step(steps.bind(small_config, loaded.spec, mesh, 1))
     small_config.micro_batch = 16
-    small_config.model = din.default_config()
+    small_config.model.activation = "dice"
     with jax.set_mesh(mesh):
         experiment = steps.bind(small_config, loaded.spec, mesh, 1)
         state = steps.init_state(experiment, 0)
@@ -219,7 +238,11 @@ def test_watching_sees_every_step_of_a_finished_run(small_config, tmp_path):
     assert all("auc" in checkpoints.metrics(step)["valid"] for step in (3, 6))
 
 
-def test_bfloat16_activations_leave_tables_and_moments_float32(small_config, tmp_path):
+@pytest.mark.slow
+def test_bfloat16_activations_leave_tables_and_moments_float32(
+    small_config, small_sparsectr, tmp_path
+):
+    small_config.model = small_sparsectr
     small_config.model.dtype = "bfloat16"
     small_config.total_steps = 2
     done = train(small_config, tmp_path)
