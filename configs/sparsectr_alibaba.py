@@ -1,9 +1,9 @@
 """SparseCTR on Alibaba's display-ad log (Tianchi 56), the paper's setting: L=1024, d=32, l=2, H=8,
 Sparsity-2 (|P|=16, m=2, w=5), Adam, one epoch.
 
-    python train.py --config=configs/sparsectr_alibaba.py            # the four real files in raw/alibaba
+    python train.py --config=configs/sparsectr_alibaba.py       # the four real files in raw/alibaba
     python eval.py  --config=configs/sparsectr_alibaba.py
-    python train.py --config=configs/sparsectr_alibaba.py:demo       # generated files, same layout
+    python train.py --config=configs/sparsectr_alibaba.py:demo  # generated files, same layout
 
 Paper: AUC .6530 (Table 2, three runs; DIN .6209). Not reproduced here: the files need a Tianchi
 account. The demo's expected figures stand in README.md.
@@ -33,10 +33,13 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "demo":
         config.name += "_demo"
         config.data.raw_dir = "raw/alibaba_demo"
-        config.data.generate = ConfigDict(dict(users=3000, behaviours=300.0, seed=0))
+        config.data.generate = ConfigDict(dict(users=4000, seed=0))
         # Test users are none of the training users: what is measured is the history alone.
         config.model.exclude = ("user/user_id",)
+        config.model.base_rate = 0.2
         config.history_length = 256
-        config.batch_size = 256
+        config.batch_size = config.eval_batch_size = 128
+        config.micro_batch = 16
         config.total_epochs = 3.0
+        config.optimizer.learning_rate = config.table_optimizer.learning_rate = 3e-3
     return config
