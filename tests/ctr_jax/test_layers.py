@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctr_jax.head import MLPHead, base_rate_logit
-from ctr_jax.layers import MLP, RMSNorm, SwiGLU, masked_softmax
+from ctr_jax.layers import MLP, RMSNorm, SwiGLU, masked_softmax, token_dot_general
 
 X = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 
@@ -69,3 +69,20 @@ def test_mlp_and_head():
     for rate in (0, 1, -0.5):
         with pytest.raises(ValueError, match="base_rate"):
             base_rate_logit(rate)
+
+
+def test_token_dot_general_equals_the_plain_product():
+    rng = np.random.default_rng(1)
+    for shape in ((4, 6, 5), (3, 5), (7, 3, 5)):  # 24 tokens split into parts; the others fall back
+        x, w = rng.normal(size=shape).astype(np.float32), rng.normal(size=(5, 2)).astype(np.float32)
+        g = rng.normal(size=shape[:-1] + (2,)).astype(np.float32)
+
+        def product(x, w):
+            return token_dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+        value, pullback = jax.vjp(product, x, w)
+        dx, dw = pullback(g)
+        np.testing.assert_allclose(value, x @ w, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(dx, g @ w.T, rtol=1e-5, atol=1e-6)
+        expected = x.reshape(-1, 5).T.astype(np.float64) @ g.reshape(-1, 2)
+        np.testing.assert_allclose(dw, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,245 @@
+"""SparseBlock: RMSNorm, attention with fusion gate, SwiGLU (SparseCTR 3.3).
+
+Behaviours and candidates are two streams through the same weights; candidates are never keys.
+In the last block only the candidates' outputs are read (eq. 17), so behaviour queries, their
+attention, W_O and FFN are not computed there; and where the aggregate is a mean, which commutes
+with the linear K and V projections, keys and values are made at the chunk means, the transition
+behaviours and the last w behaviours only.
+
+Axis letters: B requests, C candidates, L history, P chunks, d model width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ctr_jax.layers import RMSNorm, SwiGLU, accumulation_dtype, token_dot_general
+from sparsectr_jax import evo_attention
+from sparsectr_jax.aggregate import MEAN_TYPE, Aggregate, chunk_mean
+from sparsectr_jax.chunking import transition_slots
+from sparsectr_jax.evo_attention import EvoSpec, History, Keys, gather_rows
+from sparsectr_jax.full_attention import full_attention
+from sparsectr_jax.temporal import RelTemporal, slope_init
+
+
+def evo_spec(config: ConfigDict) -> EvoSpec:
+    """The op's static options from config.model.
+
+    Raises:
+      ValueError: no branch is left.
+    """
+    on = (config.use_global, config.use_transition, config.use_local)
+    branches = tuple(b for b, used in zip(evo_attention.BRANCHES, on, strict=True) if used)
+    if not branches:
+        raise ValueError("at least one of use_global, use_transition, use_local must be True")
+    if config.logit_scale not in ("head", "model"):
+        raise ValueError(f"logit_scale must be 'head' or 'model', got {config.logit_scale!r}")
+    rel = RelTemporal(
+        time=config.rel_time,
+        hour=config.rel_hour,
+        weekend=config.rel_weekend,
+        timezone_hours=config.timezone_hours,
+        hour_form=config.hour_form,
+        bucket=config.time_bucket,
+    )
+    return EvoSpec(
+        m=config.num_transition,
+        w=config.local_window,
+        rel=rel,
+        inclusive=config.transition_inclusive,
+        scale=config.width**-0.5 if config.logit_scale == "model" else None,
+        branches=branches,
+    )
+
+
+class FusionGate(nn.Module):
+    """Softmax gate over the branches, and their weighted sum (SparseCTR eqs. 9 and 10).
+
+    Attributes:
+      kind: "literal", one gate per query from the concatenated full-width outputs, W [3d, 3];
+        "per_head", one per query and head, W [H, 3K, 3].
+      mask_empty: a branch with nothing to see gets gate logit -inf; False is the literal form,
+        in which its output of 0 takes part.
+    """
+
+    kind: str = "literal"
+    mask_empty: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, branches: list[jax.Array], nonempty: jax.Array) -> jax.Array:
+        """branches: R of [B, n, H, K]; nonempty: [B, n or 1, R] bool -> [B, n, H, K]."""
+        heads, width = branches[0].shape[-2:]
+        number = len(branches)
+        if self.kind == "literal":
+            shape, axes = (number, heads, width, number), "rhks->s"
+            init = nn.initializers.variance_scaling(
+                1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2), out_axis=3
+            )
+        elif self.kind == "per_head":
+            shape, axes = (number, heads, width, number), "rhks->hs"
+            init = nn.initializers.variance_scaling(
+                1.0, "fan_in", "truncated_normal", in_axis=(0, 2), out_axis=3, batch_axis=1
+            )
+        else:
+            raise ValueError(f"gate must be 'literal' or 'per_head', got {self.kind!r}")
+        gate = self.param("kernel", init, shape).astype(self.dtype)
+        spec = f"bnhk,{axes[1:4]}->bn{axes[6:]}"
+        logits = sum(
+            jnp.einsum(spec, x, gate[r], preferred_element_type=accumulation_dtype(self.dtype))
+            for r, x in enumerate(branches)
+        )
+        if self.kind == "literal":
+            logits = logits[:, :, None]  # one gate for all heads
+        if self.mask_empty:
+            logits = jnp.where(nonempty[:, :, None], logits, -jnp.inf)
+            # With the local branch dropped, all branches may be empty; their outputs are 0 too.
+            logits = jnp.where(nonempty.any(-1)[:, :, None, None], logits, 0)
+        alpha = nn.softmax(logits).astype(self.dtype)  # [B, n, H or 1, R]
+        return sum(alpha[..., r, None] * x for r, x in enumerate(branches))
+
+
+class EvoAttention(nn.Module):
+    """Attention of one block: projections, branches, gate and W_O (SparseCTR eqs. 3-11)."""
+
+    config: ConfigDict
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, behaviours, candidates, user, history: History, last: bool):
+        """Normalised streams [B, L, d], [B, C, d] and user token [B, d] -> their updates.
+
+        Returns:
+          ([B, L, d] or None in the last block, [B, C, d]).
+        """
+        config = self.config
+        heads, width = config.num_heads, config.width // config.num_heads
+        spec = evo_spec(config)
+        dense = {
+            name: nn.Dense(
+                config.width,
+                use_bias=False,
+                dtype=self.dtype,
+                dot_general=token_dot_general,
+                name=name,
+            )
+            for name in ("query", "key", "value", "output")
+        }
+
+        def project(name: str, x: jax.Array) -> jax.Array:
+            return dense[name](x).reshape(x.shape[:-1] + (heads, width))
+
+        def output(x: jax.Array) -> jax.Array:
+            return dense["output"](x.reshape(x.shape[:-2] + (config.width,)))
+
+        slopes = self.param(
+            "slopes", lambda rng: slope_init(heads, config.slope_init).astype(jnp.float32)
+        )
+        q_c = project("query", candidates)
+        q_b = None if last else project("query", behaviours)
+
+        if config.attention == "full":
+            k, v = project("key", behaviours), project("value", behaviours)
+            q = q_c if last else jnp.concatenate([q_b, q_c], 1)
+            times = (history.times, history.mask, history.request_time)
+            out = output(full_attention(q, k, v, slopes, *times, spec.rel, spec.scale, not last))
+            length = 0 if last else behaviours.shape[1]
+            return (None if last else out[:, :length]), out[:, length:]
+        if config.attention != "evo":
+            raise ValueError(f"attention must be 'evo' or 'full', got {config.attention!r}")
+
+        # Keys and values, at as few places as the block needs.
+        length = behaviours.shape[1]
+        mean_type = config.aggregate in MEAN_TYPE
+        pool = Aggregate(config.aggregate, config.aggregate_scope, self.dtype, name="aggregate")
+        index = transition_slots(history.chunks, spec.m)[0].reshape(behaviours.shape[0], -1)
+        recent = slice(max(length - spec.w, 0), length)
+        sparse = last and mean_type and config.sparse_last_layer
+        k = v = None
+        if not sparse:
+            k, v = project("key", behaviours), project("value", behaviours)
+
+        def at(name: str, full: jax.Array | None, rows: jax.Array | slice) -> jax.Array:
+            take = (
+                (lambda x: x[:, rows])
+                if isinstance(rows, slice)
+                else lambda x: gather_rows(x, rows)
+            )
+            return project(name, take(behaviours)) if full is None else take(full)
+
+        if mean_type:
+            means = chunk_mean(behaviours, history.chunks)
+            chunk_k, chunk_v = pool(
+                project("key", means), project("value", means), history.chunks, True
+            )
+        else:
+            chunk_k, chunk_v = pool(k, v, history.chunks)
+        keys = Keys(
+            chunk_k=chunk_k,
+            chunk_v=chunk_v,
+            transition_k=at("key", k, index),
+            transition_v=at("value", v, index),
+            recent_k=at("key", k, recent),
+            recent_v=at("value", v, recent),
+            user_k=project("key", user),
+            user_v=project("value", user),
+        )
+        gate = FusionGate(config.gate, config.mask_empty_branches, self.dtype, name="gate")
+        used = jnp.array([evo_attention.BRANCHES.index(b) for b in spec.branches])
+        seen_b, seen_c = evo_attention.branch_nonempty(history, spec)
+
+        def fuse(branches, seen: jax.Array) -> jax.Array:
+            return output(gate([x for x in branches if x is not None], seen[..., used]))
+
+        out_c = fuse(evo_attention.candidate_branches(q_c, keys, slopes, history, spec), seen_c)
+        if last:
+            return None, out_c
+        branches = evo_attention.behaviour_branches(q_b, k, v, keys, slopes, history, spec)
+        return fuse(branches, seen_b), out_c
+
+
+class SparseBlock(nn.Module):
+    """One block (SparseCTR 3.3).
+
+    config.block: "pre_norm", h = x + Evo(RMS(x)), y = h + SwiGLU(RMS(h)); "suan", the sibling
+    model's order, in which the residual stream is the normalised tensor: x = RMS1(x),
+    x = RMS2(x + Evo(x)), y = x + SwiGLU(x), with its norm and its biases.
+    """
+
+    config: ConfigDict
+    last: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, behaviours, candidates, user, history: History, train: bool):
+        """[B, L, d], [B, C, d], user token [B, d] -> ([B, L, d] or None if last, [B, C, d])."""
+        config = self.config
+        if config.block not in ("pre_norm", "suan"):
+            raise ValueError(f"block must be 'pre_norm' or 'suan', got {config.block!r}")
+        suan = config.block == "suan"
+        norm_1, norm_2 = (
+            RMSNorm(config.norm_eps, suan, self.dtype, name=name) for name in ("norm_1", "norm_2")
+        )
+        attention = EvoAttention(config, self.dtype, name="attention")
+        ffn = SwiGLU(config.ffn_multiplier * config.width, suan, self.dtype, name="ffn")
+        drop = nn.Dropout(config.dropout, deterministic=not train)
+
+        normed = [norm_1(x) for x in (behaviours, candidates, user)]
+        updates = attention(*normed, history, self.last)
+
+        def rest(x, z, update):
+            if update is None:
+                return None
+            if suan:
+                z = norm_2(z + drop(update))
+                return z + drop(ffn(z))
+            x = x + drop(update)
+            return x + drop(ffn(norm_2(x)))
+
+        return tuple(
+            rest(x, z, update)
+            for x, z, update in zip((behaviours, candidates), normed[:2], updates, strict=True)
+        )

@@ -1,0 +1,469 @@
+"""The behaviours' part of EvoAttention, tile by tile, with its own backward pass.
+
+A tile is a few requests times a run of consecutive queries, small enough that its logits stay in
+cache; a loop over tiles makes time linear in L and temporary memory independent of B and L. Arrays
+are [G, H, keys, T] or [G, H, K, T]: the long query axis is the minor one, so that every
+elementwise pass is a vector loop, softmax reduces over a major axis, and products with K = 4 run
+at full speed.
+
+RelTemporal's bias and the visibility are one product [H, 4] x [4, S T] of the slopes with terms
+that are made once for all heads. (As the operand of a product they are kept; as an elementwise
+expression XLA would make them anew for every head.) The backward pass saves the branches' outputs
+and the logarithms of their normalisers, and makes the weights anew.
+
+Axis letters: G requests of a tile, T queries of a tile, S keys of a branch, P chunks, m, w,
+H heads, K head width, R parts of RelTemporal in use.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from ctr_jax.layers import accumulation_dtype
+
+SAVED = "evo_branches"  # jax.checkpoint name of the outputs and their normalisers
+ZERO = np.int32(0)  # indices of one type, with 64-bit integers enabled or not
+HIDDEN = -1e30  # a logit that is not visible; EMPTY is larger: no visible logit is below it
+EMPTY = -1e29
+
+
+class Tiling(NamedTuple):
+    """rows: G, a divisor of B. groups: B / G. width: T. blocks: at least L / T."""
+
+    rows: int
+    groups: int
+    width: int
+    blocks: int
+
+
+class Prefix(NamedTuple):
+    """Keys that queries see from some position on: one branch, global or transition.
+
+    k, v: [B, S, H, K]. time, position: [B, S] int32; a query at i sees those with position < i.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    time: jax.Array
+    position: jax.Array
+
+
+class Band(NamedTuple):
+    """What the local branch needs. k, v: [B, L, H, K]. user_k, user_v: [B, H, K]."""
+
+    k: jax.Array
+    v: jax.Array
+    user_k: jax.Array
+    user_v: jax.Array
+
+
+def choose_tiling(batch: int, length: int, heads: int, keys: int, budget: int) -> Tiling:
+    """Tiles of about `budget` logits, of at most 8 requests where a history needs several.
+
+    The requests of a tile are B / G apart, so that with the batch sharded over up to eight
+    devices every device walks over its own rows.
+    """
+    rows = next(g for g in (8, 4, 2, 1) if batch % g == 0)
+    groups = batch // rows
+    widest = max(budget // (rows * heads * keys), 64)
+    if length <= widest:
+        more = max(budget // (rows * heads * keys * length), 1)
+        factor = next(f for f in range(min(more, groups), 0, -1) if groups % f == 0)
+        return Tiling(rows * factor, groups // factor, length, 1)
+    # Whole vectors, with as little padding as possible, then as wide as possible.
+    widths = range(64, widest + 1, 64)
+    width = min(widths, key=lambda t: (-(-length // t) * t, -t))
+    return Tiling(rows, groups, width, -(-length // width))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tiled_branches(static, q, prefixes, band, slopes, times, mask):
+    """The branches for behaviours' queries.
+
+    Args:
+      static: (EvoSpec, logits per tile).
+      q: [B, L, H, K]. prefixes: tuple of Prefix. band: Band or None. slopes: [3, H].
+      times, mask: [B, L].
+    Returns:
+      one [B, L, H, K] per prefix, then one for the band, in q's dtype.
+    """
+    return _forward(static, q, prefixes, band, slopes, times, mask)[0]
+
+
+# ---- layouts ---------------------------------------------------------------------------------
+
+
+def _rows(x, tiling: Tiling):
+    """[B, ...] -> [G, groups, ...]."""
+    return x.reshape((tiling.rows, tiling.groups) + x.shape[1:])
+
+
+def _pad_last(x, tiling: Tiling, before: int = 0):
+    """[..., L] -> [..., before + blocks * width]."""
+    after = tiling.width * tiling.blocks - x.shape[-1]
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((before, after),)) if before + after else x
+
+
+def _long(x, tiling: Tiling, before: int = 0):
+    """[B, L, H, K] -> [G, groups, H, K, before + blocks * width]: queries (or keys) minor."""
+    return _rows(_pad_last(jnp.transpose(x, (0, 2, 3, 1)), tiling, before), tiling)
+
+
+def _unlong(x, length: int, before: int = 0):
+    """The inverse of `_long`."""
+    x = x.reshape((-1,) + x.shape[2:])[..., before : before + length]
+    return jnp.transpose(x, (0, 3, 1, 2))
+
+
+def _take(x, row, start=None, width=None):
+    """Request group `row`, and positions [start, start + width) if given, of [G, groups, ...]."""
+    at, size = [ZERO] * x.ndim, list(x.shape)
+    at[1], size[1] = row, 1
+    if start is not None:
+        at[-1], size[-1] = start, width
+    return jax.lax.dynamic_slice(x, at, size)[:, 0]
+
+
+def _put(buffer, x, row, start=ZERO, add=False):
+    """The inverse of `_take`; `add` adds to what is there."""
+    at = [ZERO] * buffer.ndim
+    at[1], at[-1] = row, start
+    x = x[:, None]
+    if add:
+        x = x + jax.lax.dynamic_slice(buffer, at, x.shape)
+    return jax.lax.dynamic_update_slice(buffer, x.astype(buffer.dtype), at)
+
+
+def _loop(tiling: Tiling, body, buffers):
+    """body(row, start, buffers) over all tiles."""
+    count = tiling.groups * tiling.blocks
+    if count == 1:
+        return body(ZERO, ZERO, buffers)
+
+    def step(i, buffers):
+        i = i.astype(jnp.int32)
+        return body(i // tiling.blocks, i % tiling.blocks * tiling.width, buffers)
+
+    return jax.lax.fori_loop(ZERO, np.int32(count), step, buffers)
+
+
+class _Inputs(NamedTuple):
+    """The op's inputs cut into request groups, in the layouts that tiles read."""
+
+    tiling: Tiling
+    halo: int
+    q: jax.Array  # [G, groups, H, K, n], scaled
+    prefixes: tuple  # of (k [G, groups, H, S, K], v, clock, position)
+    band: tuple | None  # (k [G, groups, H, K, halo + n], v, user_k, user_v)
+    clock: jax.Array  # [G, groups, 4, halo + n]
+    mask: jax.Array  # [G, groups, halo + n]
+    coefficients: jax.Array  # [H, R + 1]
+
+
+def _prepare(static, q, prefixes, band, slopes, times, mask) -> _Inputs:
+    spec, budget = static
+    dtype = accumulation_dtype(q.dtype)
+    keys = [p.k.shape[1] for p in prefixes] + [0 if band is None else spec.w + 1]
+    tiling = choose_tiling(q.shape[0], q.shape[1], q.shape[2], max(keys), budget)
+    halo = 0 if band is None else spec.w - 1
+
+    def heads_first(x):  # [B, S, H, K] -> [G, groups, H, S, K]
+        return _rows(jnp.swapaxes(x, 1, 2), tiling)
+
+    negative = [-slopes[part].astype(dtype) for part in spec.rel.parts]
+    return _Inputs(
+        tiling,
+        halo,
+        _long(q * _scale(q, spec), tiling),
+        tuple(
+            (
+                heads_first(p.k),
+                heads_first(p.v),
+                _rows(spec.rel.clock(p.time), tiling),
+                _rows(p.position, tiling),
+            )
+            for p in prefixes
+        ),
+        band
+        and (
+            _long(band.k, tiling, halo),
+            _long(band.v, tiling, halo),
+            _rows(band.user_k, tiling),
+            _rows(band.user_v, tiling),
+        ),
+        _rows(_pad_last(spec.rel.clock(times), tiling, halo), tiling),
+        _rows(_pad_last(mask, tiling, halo), tiling),
+        jnp.stack([*negative, jnp.ones_like(slopes[0], dtype)], 1),
+    )
+
+
+def _scale(q, spec) -> float:
+    return q.shape[-1] ** -0.5 if spec.scale is None else spec.scale
+
+
+# ---- one branch of one tile ------------------------------------------------------------------
+
+
+def _product(k, q):
+    """[G, H, S, K] and [G, H, K, T] -> [G, H, S, T]."""
+    dtype = accumulation_dtype(q.dtype)
+    return jnp.einsum("ghsk,ghkt->ghst", k, q, preferred_element_type=dtype)
+
+
+def _over_keys(k, x):
+    """[G, H, K, S] and weights [G, H, S, T] -> [G, H, K, T]."""
+    return jnp.einsum("ghks,ghst->ghkt", k, x.astype(k.dtype), preferred_element_type=x.dtype)
+
+
+def _over_queries(x, q):
+    """Weights [G, H, S, T] and [G, H, K, T] -> [G, H, S, K]."""
+    return jnp.einsum("ghst,ghkt->ghsk", x.astype(q.dtype), q, preferred_element_type=x.dtype)
+
+
+def _bias(coefficients, terms):
+    """Slopes [H, R + 1] and terms [G, R + 1, S, T] -> RelTemporal and visibility [G, H, S, T].
+
+    With the slopes repeated per request this is a batch of products whose result has the queries
+    minor; as one product XLA would have the heads minor and transpose.
+    """
+    g, _, s, t = terms.shape
+    slopes = jnp.broadcast_to(coefficients, (g,) + coefficients.shape)
+    flat = jnp.einsum("ghr,grx->ghx", slopes, terms.reshape(g, -1, s * t), precision="highest")
+    return flat.reshape(g, -1, s, t)
+
+
+def _exp_of(logits):
+    """exp(logits - peak) and the peak [G, H, T]; an empty set of keys has weights 0."""
+    peak = jnp.maximum(jnp.max(logits, 2), EMPTY)
+    return jnp.exp(logits - peak[:, :, None]), peak
+
+
+def _log_total(total, peak):
+    """log of the softmax's denominator; +inf for an empty set, so that exp(x - it) is 0."""
+    return jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1)), jnp.inf)
+
+
+def _slope_gradients(d_logits, terms):
+    """[H, R + 1] from d_logits [G, H, S, T] and terms [G, R + 1, S, T]."""
+    g, h = d_logits.shape[:2]
+    flat, terms = d_logits.reshape(g, h, -1), terms.reshape(g, terms.shape[1], -1)
+    return jnp.einsum("ghx,grx->ghr", flat, terms, precision="highest").sum(0)
+
+
+def _prefix_terms(spec, query_clock, query_position, clock, position, dtype):
+    """[G, R + 1, S, T]; clocks [G, 4, T] and [G, 4, S], positions [T] and [G, S]."""
+    terms = spec.rel.terms(query_clock[:, :, None], clock[..., None], dtype)
+    visible = position[:, :, None] < query_position
+    return jnp.stack([*terms, jnp.where(visible, dtype(0), dtype(HIDDEN))], 1)
+
+
+def _shifted(x, s: int, w: int):
+    """x [..., T + w - 1] as seen from s positions later: [..., T]."""
+    return x[..., w - 1 - s : x.shape[-1] - s]
+
+
+def _band_terms(spec, clock, mask, dtype):
+    """[G, R + 1, w + 1, T] from clock [G, 4, T + w - 1] and mask [G, T + w - 1]."""
+    w = spec.w
+    key_clock = jnp.stack([_shifted(clock, s, w) for s in range(w)], 2)
+    visible = jnp.stack([_shifted(mask, s, w) for s in range(w)], 1)
+    terms = spec.rel.terms(_shifted(clock, 0, w)[:, :, None], key_clock, dtype)
+    terms = jnp.stack([*terms, jnp.where(visible, dtype(0), dtype(HIDDEN))], 1)
+    # The user key comes first: no bias, always visible.
+    return jnp.pad(terms, ((0, 0), (0, 0), (1, 0), (0, 0)))
+
+
+def _band_products(q, k, user_k, w: int):
+    """Logits of the user key, then of the behaviours 0, 1 .. w - 1 positions back.
+
+    q [G, H, K, T], k [G, H, K, T + w - 1], user_k [G, H, K] -> [G, H, w + 1, T]. Unrolled over K:
+    one vector loop without a reduction.
+    """
+
+    def product(other):
+        return sum(q[:, :, i] * other(i) for i in range(q.shape[2]))
+
+    rows = [product(lambda i: user_k[:, :, i, None])]
+    rows += [product(lambda i, s=s: _shifted(k[:, :, i], s, w)) for s in range(w)]
+    return jnp.stack(rows, 2)
+
+
+def _band_over_keys(x, v, user_v, w: int):
+    """Weights [G, H, w + 1, T] times v [G, H, K, T + w - 1] and user_v -> [G, H, K, T]."""
+    out = x[:, :, :1] * user_v[..., None]
+    return out + sum(x[:, :, s + 1, None] * _shifted(v, s, w) for s in range(w))
+
+
+def _band_over_queries(x, q, w: int):
+    """Weights [G, H, w, T] and q [G, H, K, T] -> [G, H, K, T + w - 1], the keys' gradients."""
+    edge = ((0, 0),) * 3 + ((w - 1, w - 1),)
+    x, q = jnp.pad(x, edge), jnp.pad(q, edge)
+    n = x.shape[-1] - (w - 1)
+    return sum(x[:, :, s, None, s : s + n] * q[..., s : s + n] for s in range(w))
+
+
+# ---- forward and backward over all tiles -----------------------------------------------------
+
+
+def _forward(static, q, prefixes, band, slopes, times, mask):
+    spec, _ = static
+    x = _prepare(static, q, prefixes, band, slopes, times, mask)
+    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.w, x.tiling.width, x.halo
+    branches = len(prefixes) + (band is not None)
+    out = (jnp.zeros_like(x.q),) * branches
+    log_total = (jnp.zeros(x.q.shape[:3] + x.q.shape[4:], dtype),) * branches
+
+    def body(row, start, buffers):
+        out, log_total = (list(b) for b in buffers)
+        q_tile = _take(x.q, row, start, width)
+        clock = _take(x.clock, row, start, width + halo)
+        position = start + jnp.arange(width, dtype=jnp.int32)
+
+        def finish(branch, unscaled, total, peak):
+            result = unscaled * (1 / jnp.where(total > 0, total, 1))[:, :, None]
+            out[branch] = _put(out[branch], result, row, start)
+            log_total[branch] = _put(log_total[branch], _log_total(total, peak), row, start)
+
+        for branch, prefix in enumerate(x.prefixes):
+            k, v, key_clock, key_position = (_take(a, row) for a in prefix)
+            terms = _prefix_terms(
+                spec, clock[..., halo:], position, key_clock, key_position, dtype.type
+            )
+            weights, peak = _exp_of(_product(k, q_tile) + _bias(x.coefficients, terms))
+            # A row of ones among the values sums the weights in the same product.
+            v_one = jnp.concatenate([jnp.swapaxes(v, 2, 3), jnp.ones_like(v[:, :, None, :, 0])], 2)
+            unscaled = _over_keys(v_one, weights)
+            finish(branch, unscaled[:, :, :-1], unscaled[:, :, -1], peak)
+        if x.band is not None:
+            k, v = (_take(a, row, start, width + halo).astype(dtype) for a in x.band[:2])
+            user_k, user_v = (_take(a, row).astype(dtype) for a in x.band[2:])
+            terms = _band_terms(spec, clock, _take(x.mask, row, start, width + halo), dtype.type)
+            logits = _band_products(q_tile.astype(dtype), k, user_k, w)
+            weights, peak = _exp_of(logits + _bias(x.coefficients, terms))
+            unscaled = _band_over_keys(weights, v, user_v, w)
+            finish(branches - 1, unscaled, jnp.sum(weights, 2), peak)
+        return tuple(out), tuple(log_total)
+
+    out, log_total = _loop(x.tiling, body, (out, log_total))
+    return tuple(_unlong(o, q.shape[1]) for o in out), log_total
+
+
+def _forward_rule(static, q, prefixes, band, slopes, times, mask):
+    results = _forward(static, q, prefixes, band, slopes, times, mask)
+    # Where a caller makes activations anew, these are worth keeping: see model.SparseCTR.
+    out, log_total = checkpoint_name(results, SAVED)
+    return out, (q, prefixes, band, slopes, times, mask, out, log_total)
+
+
+def _backward_rule(static, residuals, d_out):
+    q, prefixes, band, slopes, times, mask, out, log_total = residuals
+    spec, _ = static
+    x = _prepare(static, q, prefixes, band, slopes, times, mask)
+    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.w, x.tiling.width, x.halo
+    batch, length = q.shape[:2]
+    do_out = [
+        _rows(
+            _pad_last(jnp.einsum("blhk,blhk->bhl", a, b, preferred_element_type=dtype), x.tiling),
+            x.tiling,
+        )
+        for a, b in zip(d_out, out, strict=True)
+    ]
+    d_out = [_long(o, x.tiling) for o in d_out]
+
+    def zeros(a):
+        return jnp.zeros(a.shape, dtype)
+
+    grads = {
+        "q": jnp.zeros_like(x.q),
+        "prefixes": tuple((zeros(p[0]), zeros(p[1])) for p in x.prefixes),
+        "band": band and tuple(zeros(a) for a in x.band),
+        "coefficients": zeros(x.coefficients),
+    }
+
+    def body(row, start, grads):
+        grads = dict(grads)
+        q_tile = _take(x.q, row, start, width)
+        clock = _take(x.clock, row, start, width + halo)
+        position = start + jnp.arange(width, dtype=jnp.int32)
+        dq = []
+        d_prefixes = list(grads["prefixes"])
+
+        def of_branch(branch):
+            """The cotangent [G, H, K, T], its product with the output, the log normaliser."""
+            return (_take(a[branch], row, start, width) for a in (d_out, do_out, log_total))
+
+        for branch, prefix in enumerate(x.prefixes):
+            k, v, key_clock, key_position = (_take(a, row) for a in prefix)
+            do, product, total = of_branch(branch)
+            terms = _prefix_terms(
+                spec, clock[..., halo:], position, key_clock, key_position, dtype.type
+            )
+            logits = _product(k, q_tile) + _bias(x.coefficients, terms)
+            weights = jnp.exp(logits - total[:, :, None])
+            # A column of -1 among the values subtracts do . out in the same product.
+            v_one = jnp.concatenate([v, -jnp.ones_like(v[..., :1])], -1)
+            do_one = jnp.concatenate([do, product[:, :, None].astype(do.dtype)], 2)
+            d_logits = weights * _product(v_one, do_one)
+            dq.append(_over_keys(jnp.swapaxes(k, 2, 3), d_logits))
+            dk, dv = d_prefixes[branch]
+            dk = _put(dk, _over_queries(d_logits, q_tile), row, add=True)
+            dv = _put(dv, _over_queries(weights, do), row, add=True)
+            d_prefixes[branch] = (dk, dv)
+            grads["coefficients"] += _slope_gradients(d_logits, terms)
+        if x.band is not None:
+            k, v = (_take(a, row, start, width + halo).astype(dtype) for a in x.band[:2])
+            user_k, user_v = (_take(a, row).astype(dtype) for a in x.band[2:])
+            q_wide = q_tile.astype(dtype)
+            do, product, total = of_branch(len(x.prefixes))
+            do = do.astype(dtype)
+            terms = _band_terms(spec, clock, _take(x.mask, row, start, width + halo), dtype.type)
+            logits = _band_products(q_wide, k, user_k, w) + _bias(x.coefficients, terms)
+            weights = jnp.exp(logits - total[:, :, None])
+            d_logits = weights * (_band_products(do, v, user_v, w) - product[:, :, None])
+            dq.append(_band_over_keys(d_logits, k, user_k, w))
+            dk, dv, d_user_k, d_user_v = grads["band"]
+            dk_tile = _band_over_queries(d_logits[:, :, 1:], q_wide, w)
+            dv_tile = _band_over_queries(weights[:, :, 1:], do, w)
+            grads["band"] = (
+                _put(dk, dk_tile, row, start, add=True),
+                _put(dv, dv_tile, row, start, add=True),
+                _put(d_user_k, _over_queries(d_logits[:, :, :1], q_wide)[:, :, 0], row, add=True),
+                _put(d_user_v, _over_queries(weights[:, :, :1], do)[:, :, 0], row, add=True),
+            )
+            grads["coefficients"] += _slope_gradients(d_logits, terms)
+        grads["prefixes"] = tuple(d_prefixes)
+        grads["q"] = _put(grads["q"], sum(dq), row, start)
+        return grads
+
+    grads = _loop(x.tiling, body, grads)
+
+    def short(a, like):  # [G, groups, H, S, K] -> [B, S, H, K]
+        return jnp.swapaxes(a.reshape((batch,) + a.shape[2:]), 1, 2).astype(like.dtype)
+
+    d_prefixes = tuple(
+        Prefix(short(dk, p.k), short(dv, p.v), None, None)
+        for p, (dk, dv) in zip(prefixes, grads["prefixes"], strict=True)
+    )
+    d_band = None
+    if band is not None:
+        dk, dv, d_user_k, d_user_v = grads["band"]
+        d_band = Band(
+            _unlong(dk, length, halo).astype(band.k.dtype),
+            _unlong(dv, length, halo).astype(band.v.dtype),
+            d_user_k.reshape(band.user_k.shape).astype(band.user_k.dtype),
+            d_user_v.reshape(band.user_v.shape).astype(band.user_v.dtype),
+        )
+    d_slopes = jnp.zeros_like(slopes)
+    for i, part in enumerate(spec.rel.parts):
+        d_slopes = d_slopes.at[part].set(-grads["coefficients"][:, i].astype(slopes.dtype))
+    dq = _unlong(grads["q"], length) * _scale(q, spec)
+    return dq.astype(q.dtype), d_prefixes, d_band, d_slopes, None, None
+
+
+tiled_branches.defvjp(_forward_rule, _backward_rule)

@@ -1,0 +1,213 @@
+"""SparseCTR (WWW 2026): long user behaviour modelling with EvoAttention and RelTemporal.
+
+`build(config.model, spec)` gives the Linen module and the columns it wants embedded. Every
+ablation of the paper is a change of the config alone:
+
+  A1 attention="full"    A2, A3, A4 use_global, use_transition, use_local = False
+  B1 all of rel_time, rel_hour, rel_weekend = False    B2, B3, B4 one of them
+  chunking = "time" | "fixed" | "sim"
+
+Axis letters: B requests, C candidates, L history, P chunks, d model width, H heads.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ctr_jax.batch import EmbeddedBatch
+from ctr_jax.features import Column, DataSpec, default_columns
+from ctr_jax.head import MLPHead
+from ctr_jax.layers import MLP, token_dot_general
+from sparsectr_jax import chunking, evo_tiles
+from sparsectr_jax.block import SparseBlock, evo_spec
+from sparsectr_jax.evo_attention import History
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def default_config() -> ConfigDict:
+    """config.model of the paper's setting (4.1.4), Sparsity-2."""
+    config = ConfigDict()
+    config.module = "sparsectr_jax.model"
+    # Inputs: every column of the data set at one width, but those in `exclude` ("group/name").
+    config.embedding_width = 32
+    config.exclude = ()
+    # Size.
+    config.width = 32  # d
+    config.num_layers = 2  # l
+    config.num_heads = 8  # H
+    config.ffn_multiplier = 3  # SwiGLU's hidden width over d
+    # Sparsity: (8, 1, 2), (16, 2, 5), (16, 3, 10), (32, 4, 20) are the paper's Sparsity-1..4.
+    config.num_chunks = 16  # P
+    config.num_transition = 2  # m
+    config.local_window = 5  # w
+    # EvoAttention.
+    config.attention = "evo"  # evo | full (A1)
+    config.use_global = True  # False: A2
+    config.use_transition = True  # False: A3
+    config.use_local = True  # False: A4
+    config.chunking = "time"  # time | fixed | sim
+    config.aggregate = "mean_mlp"  # mean_mlp | mlp_mean | attn_pool | mean
+    config.aggregate_scope = "head"  # its MLPs: head (K to K, shared by heads) | model (d to d)
+    config.transition_inclusive = True  # a transition behaviour sees itself
+    config.gate = "literal"  # literal (3d x 3) | per_head
+    config.mask_empty_branches = True  # gate logit -inf for a branch with nothing to see
+    config.logit_scale = "head"  # 1 / sqrt of the head's width | the model's, as eqs. 6-8 print it
+    # RelTemporal.
+    config.rel_time = True  # False: B2
+    config.rel_hour = True  # False: B3
+    config.rel_weekend = True  # False: B4; all three False: B1
+    config.timezone_hours = 8.0  # local time minus UTC
+    config.hour_form = "delta"  # delta | clock
+    config.time_bucket = "log2"  # log2 | suan
+    config.slope_init = "paper"  # paper (from 1) | alibi (from 2^(-8/H))
+    # Blocks and head.
+    config.block = "pre_norm"  # pre_norm | suan
+    config.norm_eps = 1e-6
+    config.dropout = 0.0
+    config.head_hidden = (32,)
+    config.head_activation = "relu"
+    config.base_rate = 0.5  # the final bias starts at its logit
+    # Numbers.
+    config.dtype = "float32"  # of activations: float32 | bfloat16; softmax and logits are float32
+    config.sparse_last_layer = True  # last block: K and V only where read; the same values
+    config.rows_per_tile = 0  # requests at a time; 0: 16 on a CPU, the whole batch elsewhere
+    return config
+
+
+def rows_per_tile(config: ConfigDict, batch: int) -> int:
+    """Requests that go through the model at a time: a divisor of the batch."""
+    rows = config.rows_per_tile or (16 if jax.default_backend() == "cpu" else batch)
+    return next(r for r in range(min(rows, batch), 0, -1) if batch % r == 0)
+
+
+class SparseCTR(nn.Module):
+    """The whole model behind the embeddings; see `default_config` for the fields of config.
+
+    Requests do not see each other, so on a CPU a few at a time go through the model, in cache,
+    and training makes their activations anew for the backward pass: faster, and memory does not
+    grow with the batch. The requests of a tile are evenly spaced in the batch, so that a sharded
+    batch stays where it is.
+    """
+
+    config: ConfigDict
+    columns: tuple[Column, ...]
+
+    @nn.compact
+    def __call__(self, embedded: EmbeddedBatch, train: bool) -> tuple[jax.Array, dict]:
+        """EmbeddedBatch -> (logits [B, C] float32, out).
+
+        `out` holds "losses" (none), and the final candidate vectors "candidates" [B, C, d].
+        """
+        batch = embedded.batch.shape[0]
+        rows = rows_per_tile(self.config, batch)
+        requests = Requests(self.config, self.columns, name="requests")
+        if rows == batch or self.is_initializing():
+            logits, candidates = requests(embedded, train)
+        else:
+            cut = jax.tree.map(lambda x: x.reshape((rows, batch // rows) + x.shape[1:]), embedded)
+
+            def step(module, carry, tile):
+                return carry, module(tile, train)
+
+            if train:  # the attention's outputs are kept: they cost most and take little
+                policy = jax.checkpoint_policies.save_only_these_names(evo_tiles.SAVED)
+                step = nn.remat(step, prevent_cse=False, policy=policy)
+            _, out = nn.scan(
+                step,
+                variable_broadcast="params",
+                split_rngs={"params": False, "dropout": True},
+                in_axes=1,
+                out_axes=1,
+            )(requests, (), cut)
+            logits, candidates = (x.reshape((batch,) + x.shape[2:]) for x in out)
+        return logits, {"losses": {}, "candidates": candidates}
+
+
+class Requests(nn.Module):
+    """The model on some requests: (logits [B, C], candidate vectors [B, C, d])."""
+
+    config: ConfigDict
+    columns: tuple[Column, ...]
+
+    @nn.compact
+    def __call__(self, embedded: EmbeddedBatch, train: bool) -> tuple[jax.Array, jax.Array]:
+        config, batch = self.config, embedded.batch
+        dtype = DTYPES[config.dtype]
+        size, length, num_candidates = batch.shape
+
+        def vectors(group: str) -> list[jax.Array]:
+            return [embedded.vectors[c.key].astype(dtype) for c in self.columns if c.group == group]
+
+        def dense(name: str) -> nn.Dense:
+            return nn.Dense(config.width, dtype=dtype, dot_general=token_dot_general, name=name)
+
+        # ---- tokens (3.2): concatenated columns to width d; the context is the candidates' ----
+        times, mask = batch.behaviour_time, batch.behaviour_mask
+        past = vectors("behaviour")
+        if length == 0:  # no history: one padding behaviour, so that every shape below is usual
+            times, mask = jnp.zeros((size, 1), jnp.int32), jnp.zeros((size, 1), bool)
+            past = [jnp.zeros((size, 1, x.shape[-1]), dtype) for x in past]
+        if not past:
+            raise ValueError("SparseCTR needs at least one behaviour column")
+        behaviours = dense("behaviour_token")(jnp.concatenate(past, -1))
+        context = [
+            jnp.broadcast_to(x[:, None], (size, num_candidates, x.shape[-1]))
+            for x in vectors("context")
+        ]
+        candidates = dense("candidate_token")(jnp.concatenate(vectors("candidate") + context, -1))
+        user_vectors = vectors("user")
+        if user_vectors:
+            e_u = jnp.concatenate(user_vectors, -1)
+            u_c = MLP((config.width, config.width), "swish", dtype, name="user_token")(e_u)
+        else:
+            u_c = self.param("user_token", nn.initializers.normal(1.0), (config.width,))
+            u_c = jnp.broadcast_to(u_c.astype(dtype), (size, config.width))
+
+        # ---- blocks (3.3); chunks are cut once, unless the similarity of block inputs cuts ----
+        def cut(x: jax.Array) -> chunking.Chunks:
+            if config.chunking == "sim":
+                return chunking.sim_chunks(x, times, mask, config.num_chunks)
+            by = {"time": chunking.time_chunks, "fixed": chunking.fixed_chunks}[config.chunking]
+            return by(times, mask, config.num_chunks)
+
+        chunks = None
+        for i in range(config.num_layers):
+            if chunks is None or config.chunking == "sim":
+                chunks = cut(behaviours)
+            history = History(chunks, times, mask, batch.request_time)
+            block = SparseBlock(config, i == config.num_layers - 1, dtype, name=f"block_{i}")
+            behaviours, candidates = block(behaviours, candidates, u_c, history, train)
+
+        # ---- prediction (3.6, eq. 17) ----
+        x = nn.relu(dense("head_candidate")(candidates))
+        if user_vectors:
+            x = x * nn.sigmoid(dense("head_user")(e_u))[:, None]
+        head = MLPHead(
+            config.head_hidden, config.head_activation, config.base_rate, dtype, name="head"
+        )
+        return head(x), candidates
+
+
+def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, ...]]:
+    """The module of config.model and the columns it reads.
+
+    Raises:
+      ValueError: a switch has a value that does not exist, or the sizes do not fit.
+    """
+    if config.width % config.num_heads:
+        raise ValueError(f"width {config.width} is not a multiple of num_heads {config.num_heads}")
+    for name, allowed in (("chunking", chunking.METHODS), ("dtype", tuple(DTYPES))):
+        if config[name] not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {config[name]!r}")
+    if min(config.num_layers, config.num_chunks, config.num_transition, config.local_window) < 1:
+        raise ValueError("num_layers, num_chunks, num_transition and local_window must be >= 1")
+    evo_spec(config)
+    columns = default_columns(spec, config.embedding_width, exclude=config.exclude)
+    for group in ("behaviour", "candidate"):
+        if not any(c.group == group for c in columns):
+            raise ValueError(f"SparseCTR needs at least one {group} column of {spec.name!r}")
+    return SparseCTR(config, columns), columns
