@@ -23,8 +23,8 @@ from ctr_jax.head import MLPHead
 def default_config() -> ConfigDict:
     """DIN as LongCTR runs it: one attention layer of 64 with Dice, head [512, 256, 128]."""
     return ConfigDict(
-        dict(module="baselines_jax.din", embedding_width=32, width=96, attention_hidden=(64,), activation="dice",
-             head_hidden=(512, 256, 128), base_rate=0.5, exclude=())
+        dict(module="baselines_jax.din", embedding_width=32, width=96, attention_hidden=(64,),
+             activation="dice", head_hidden=(512, 256, 128), base_rate=0.5, exclude=())
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""SparseCTR on KuaiRand-Pure, protocol KuaiRand-CTR v1 (docs/peers.md): real impressions and clicks.
+"""SparseCTR on KuaiRand-Pure, protocol KuaiRand-CTR v1 (docs/peers.md).
 
     python train.py --config=configs/sparsectr_kuairand.py --config.data.raw_dir=DIR
     python eval.py  --config=configs/sparsectr_kuairand.py --config.data.raw_dir=DIR
