@@ -40,6 +40,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.history_length = 256
         config.batch_size = config.eval_batch_size = 128
         config.micro_batch = 16
-        config.total_epochs = 3.0
+        # Of what was tried on the validation tail, the setting that learns most in so few steps.
+        config.model.num_layers = 1
+        config.model.aggregate = "mean"
+        config.table_optimizer.init_scale = 1.0
+        config.total_epochs = 4.0
         config.optimizer.learning_rate = config.table_optimizer.learning_rate = 3e-3
     return config
