@@ -101,13 +101,15 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> 
         for split, result in results.items():
             if (oracle := oracle_auc(config, split)) is not None:
                 result["oracle_auc"] = oracle
+            directory = workdir / "evaluation" / split
             reports.write_report(
-                workdir / "evaluation" / split,
+                directory,
                 result,
                 baseline=relative_to and Path(relative_to) / "evaluation" / split,
                 split=split,
                 **about,
             )
+            results[split] = reports.read_results(directory)  # with the comparison
         logging.info("step %d: %s", at, measured)
     return results
 
