@@ -112,13 +112,16 @@ def _pad_last(x, tiling: Tiling, before: int = 0):
 
 def _long(x, tiling: Tiling, before: int = 0):
     """[B, L, H, K] -> [G, groups, H, K, before + blocks * width]: queries (or keys) minor."""
-    return _rows(_pad_last(jnp.transpose(x, (0, 2, 3, 1)), tiling, before), tiling)
+    b, length, heads, width = x.shape
+    x = jnp.swapaxes(x.reshape(b, length, heads * width), 1, 2)
+    return _rows(_pad_last(x, tiling, before).reshape(b, heads, width, -1), tiling)
 
 
 def _unlong(x, length: int, before: int = 0):
     """The inverse of `_long`."""
-    x = x.reshape((-1,) + x.shape[2:])[..., before : before + length]
-    return jnp.transpose(x, (0, 3, 1, 2))
+    _, _, heads, width, long = x.shape
+    x = jnp.swapaxes(x.reshape(-1, heads * width, long)[..., before : before + length], 1, 2)
+    return x.reshape(-1, length, heads, width)
 
 
 def _take(x, row, start=None, width=None):
