@@ -2,44 +2,10 @@
 
 Every option is a column name or an SQL expression (DuckDB) over the event `e`, the item `i` (the
 row of `items` with the event's item) and `e.filename`; a name that only one of them has needs no
-prefix. DEFAULTS says what each option means. ML-1M-CTR v2 and v1 (configs/sparsectr_movielens.py):
-
-    data = ConfigDict(dict(
-        builder="events", name="movielens_v2", raw_dir=..., prepared_dir=...,
-        events=("events.parquet",), user="user", time="ts", time_floor=3600,
-        users="users.parquet", users_key="user",
-        label="rating >= 4", request="event", ties="order",
-        train="ts < 978133414", test="ts >= 978133414", valid_fraction=0.05,
-        candidate=dict(item="item", genres="genres"),
-        behaviour=dict(item="item", genres="genres", rating="rating"),
-        user_columns=dict(user_id="user", gender="gender", age="age", occupation="occupation")))
-    # v1: name="movielens_v1", time_floor=0, train="ts >= 975768738 and ts < 978133414"
-
-KuaiRand-CTR v1 (configs/sparsectr_kuairand.py), whose stored lists become the start of histories:
-
-    data = ConfigDict(dict(
-        builder="events", name="kuairand_v1", raw_dir=..., prepared_dir=...,
-        events=("val.parquet", "test.parquet"), user="user_id", item="video_id",
-        time="time_ms", time_unit="ms", label="is_click", request=60, ties="strict",
-        train="e.filename = 'val.parquet'", test="e.filename = 'test.parquet'",
-        valid_fraction=0.1, max_candidates=2,
-        items="item_features.parquet", items_key="video_id",
-        users="user_features.parquet", users_key="user_id",
-        prior=dict(file="user_sequences.parquet", user="user_id", items="watch_seq",
-                   time="last_time_ms", behaviour=dict(video="p.item", type=STORED_TYPE)),
-        candidate=dict(video="e.video_id", author="i.author_id", tag="i.tag",
-                       video_type="i.video_type", upload_type="i.upload_type",
-                       music_type="i.music_type", duration="i.video_duration"),
-        context=dict(tab="e.tab"),
-        behaviour=dict(video="e.video_id", author="i.author_id", tag="i.tag",
-                       type="CASE WHEN e.is_click = 1 THEN 'click' ELSE 'no click' END"),
-        user_columns={name: name for name in ("user_id", *USER_IDS, *USER_COUNTS)},
-        kinds={"candidate/duration": "quantile",
-               **{f"user/{name}": "quantile" for name in USER_COUNTS}}))
-    # STORED_TYPE: CASE WHEN list_contains(p.like_seq, p.item) THEN 'stored like'
-    #     WHEN list_contains(p.long_watch_seq, p.item) THEN 'stored long view' ELSE 'stored' END
-    # USER_COUNTS: follow_user_num, fans_user_num, friend_user_num, register_days
-    # USER_IDS: the other columns of user_features.parquet
+prefix. DEFAULTS says what each option means. configs/sparsectr_movielens.py
+and configs/sparsectr_kuairand.py are worked examples of the two shapes of log: each event its own
+request in file order, and requests of several impressions with item and user tables and histories
+from before the log. examples/own_log.py is a page to copy.
 """
 
 from __future__ import annotations
