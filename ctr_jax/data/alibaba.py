@@ -28,6 +28,7 @@ import duckdb
 from ctr_jax.data import raw
 from ctr_jax.data.builder import PreparedBuilder, Report
 from ctr_jax.data.errors import DataError
+from ctr_jax.data.options import with_defaults
 from ctr_jax.data.plan import DEFAULT_BUCKETS, Field, Plan
 from ctr_jax.data.row_checks import check_rows, unique_key
 
@@ -92,7 +93,6 @@ DEFAULTS: dict[str, Any] = {
     "buckets": DEFAULT_BUCKETS,
     "disjoint_users": 0.0,
 }
-_COMMON = ("builder", "raw_dir", "prepared_dir", "memory_limit", "threads", "generate")
 DEMO = "python train.py --config=configs/sparsectr_alibaba.py:demo"
 # Which part of [0, 1) a user falls into; fixed by the id alone.
 _USER_SHARE = "(md5_number_lower(CAST(user_key AS VARCHAR)) % 1000000) / 1000000.0"
@@ -220,12 +220,7 @@ def complete(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       DataError: an option is unknown or has no possible value.
     """
-    unknown = sorted(set(options) - set(DEFAULTS) - set(_COMMON))
-    if unknown:
-        raise DataError(
-            f"data has no options {unknown}; the alibaba builder knows {sorted(DEFAULTS)}"
-        )
-    full = {**DEFAULTS, **options}
+    full = with_defaults("alibaba", options, DEFAULTS)
     if not 0 <= full["disjoint_users"] < 1 - full["valid_fraction"]:
         raise DataError(
             f"data.disjoint_users is {full['disjoint_users']}; use a share of users in "

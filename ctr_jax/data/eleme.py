@@ -31,6 +31,7 @@ from ctr_jax.data import requests as requests_lib
 from ctr_jax.data.builder import VOCABULARIES, PreparedBuilder, Report, check_splits
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.inline import DAY, HOUR, flat_numbers, inline_records
+from ctr_jax.data.options import with_defaults
 from ctr_jax.data.plan import DEFAULT_BUCKETS, Field, Plan
 from ctr_jax.data.records import record_dtype
 from ctr_jax.data.report import table
@@ -89,7 +90,6 @@ DEFAULTS: dict[str, Any] = {
     "behaviour": ("shop", "item", "category_1", "shop_aoi", "hours"),
     "timediff": (),
 }
-_COMMON = ("builder", "raw_dir", "prepared_dir", "memory_limit", "threads", "generate")
 _SAMPLE_ROWS = 20_000
 _ENOUGH = 0.5  # share of behaviours whose hour and weekday must fit the measured timediff
 
@@ -237,12 +237,7 @@ def complete(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       DataError: an option is unknown or has no possible value.
     """
-    unknown = sorted(set(options) - set(DEFAULTS) - set(_COMMON))
-    if unknown:
-        raise DataError(
-            f"data has no options {unknown}; the eleme builder knows {sorted(DEFAULTS)}"
-        )
-    full = {**DEFAULTS, **options}
+    full = with_defaults("eleme", options, DEFAULTS)
     if unknown := sorted(set(full["behaviour"]) - set(BEHAVIOUR)):
         raise DataError(f"data.behaviour names {unknown}; there are {sorted(BEHAVIOUR)}")
     if full["max_candidates"] != 1:

@@ -19,6 +19,7 @@ import duckdb
 from ctr_jax.data import raw
 from ctr_jax.data.builder import PreparedBuilder, Report
 from ctr_jax.data.errors import DataError
+from ctr_jax.data.options import with_defaults
 from ctr_jax.data.plan import DEFAULT_BUCKETS, Field, Plan
 from ctr_jax.data.row_checks import check_rows, unique_key
 
@@ -58,7 +59,6 @@ DEFAULTS: dict[str, Any] = {
     "kinds": {},  # {"group/column": "quantile" | "standard"}; the others are ids
     "vocabularies": {},  # {"group/column": vocabulary}; columns of one name share one
 }
-_COMMON = ("builder", "raw_dir", "prepared_dir", "memory_limit", "threads", "generate")
 _PRIOR = {"file", "user", "items", "time", "behaviour"}
 
 
@@ -251,12 +251,7 @@ def complete(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       DataError: an option is unknown or has no possible value.
     """
-    unknown = sorted(set(options) - set(DEFAULTS) - set(_COMMON))
-    if unknown:
-        raise DataError(
-            f"data has no options {unknown}; the events builder knows {sorted(DEFAULTS)}"
-        )
-    full = {**DEFAULTS, **options}
+    full = with_defaults("events", options, DEFAULTS)
     if full["time_unit"] not in UNITS:
         raise DataError(f"data.time_unit is {full['time_unit']!r}; use one of {sorted(UNITS)}")
     if not full["train"] or not full["test"]:
