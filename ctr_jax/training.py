@@ -229,7 +229,7 @@ def _one_line(scalars: dict[str, float]) -> str:
         "examples_per_second",
         "input_wait",
         "valid/auc",
-        "valid/gauc",
+        "valid/gauc_user",
         "valid/logloss",
     )
     return "  ".join(f"{k} {scalars[k]:.4g}" for k in shown if k in scalars)

@@ -14,7 +14,7 @@ from ctr_jax.layers import MLP
 from sparsectr_jax.chunking import Chunks
 
 # Those in MEAN_TYPE need the behaviours' mean only, which commutes with the K and V projections.
-MEAN_TYPE = ("mean_mlp", "mean")
+MEAN_TYPE = ("mean_mlp", "mean_residual", "mean")
 AGGREGATES = MEAN_TYPE + ("mlp_mean", "attn_pool")
 
 
@@ -45,7 +45,8 @@ class Aggregate(nn.Module):
     """Chunk keys or values from those of its behaviours.
 
     Attributes:
-      kind: "mean_mlp": MLP(mean x). "mean": mean x. "mlp_mean": mean MLP(x).
+      kind: "mean_mlp": MLP(mean x). "mean_residual": mean x + MLP(mean x). "mean": mean x.
+        "mlp_mean": mean MLP(x).
         "attn_pool": sum softmax_j(w . key_j) x_j with one vector w per head.
       mlp_over: what the MLPs act on: "head" maps K -> K with weights shared by the heads,
         "model" maps d -> d before the heads are split.
@@ -79,6 +80,8 @@ class Aggregate(nn.Module):
         if self.kind in MEAN_TYPE:
             if not is_mean:
                 k, v = chunk_mean(k, chunks), chunk_mean(v, chunks)
+            if self.kind == "mean_residual":
+                return k + mlp(k, "mlp_k"), v + mlp(v, "mlp_v")
             return (k, v) if self.kind == "mean" else (mlp(k, "mlp_k"), mlp(v, "mlp_v"))
         if is_mean:
             raise ValueError(

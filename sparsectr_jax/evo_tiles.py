@@ -22,24 +22,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ctr_jax.layers import accumulation_dtype
+from sparsectr_jax.evo_layout import (
+    Tiling,
+    choose_tiling,
+    long,
+    loop,
+    pad_last,
+    put,
+    rows,
+    take,
+    unlong,
+)
 
 SAVED = "evo_branches"  # jax.checkpoint name of the outputs and their normalisers
-ZERO = np.int32(0)  # indices of one type, with 64-bit integers enabled or not
 HIDDEN = -1e30  # a logit that is not visible; EMPTY is larger: no visible logit is below it
 EMPTY = -1e29
-
-
-class Tiling(NamedTuple):
-    """rows: G, a divisor of B. groups: B / G. width: T. blocks: at least L / T."""
-
-    rows: int
-    groups: int
-    width: int
-    blocks: int
 
 
 class Prefix(NamedTuple):
@@ -63,25 +63,6 @@ class Band(NamedTuple):
     user_v: jax.Array
 
 
-def choose_tiling(batch: int, length: int, heads: int, keys: int, budget: int) -> Tiling:
-    """Tiles of about `budget` logits, of at most 8 requests where a history needs several.
-
-    The requests of a tile are B / G apart, so that with the batch sharded over up to eight
-    devices every device walks over its own rows.
-    """
-    rows = next(g for g in (8, 4, 2, 1) if batch % g == 0)
-    groups = batch // rows
-    widest = max(budget // (rows * heads * keys), 64)
-    if length <= widest:
-        more = max(budget // (rows * heads * keys * length), 1)
-        factor = next(f for f in range(min(more, groups), 0, -1) if groups % f == 0)
-        return Tiling(rows * factor, groups // factor, length, 1)
-    # Whole vectors, with as little padding as possible, then as wide as possible.
-    widths = range(64, widest + 1, 64)
-    width = min(widths, key=lambda t: (-(-length // t) * t, -t))
-    return Tiling(rows, groups, width, -(-length // width))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def tiled_branches(static, q, prefixes, band, slopes, times, mask):
     """The branches for behaviours' queries.
@@ -94,66 +75,6 @@ def tiled_branches(static, q, prefixes, band, slopes, times, mask):
       one [B, L, H, K] per prefix, then one for the band, in q's dtype.
     """
     return _forward(static, q, prefixes, band, slopes, times, mask)[0]
-
-
-# ---- layouts ---------------------------------------------------------------------------------
-
-
-def _rows(x, tiling: Tiling):
-    """[B, ...] -> [G, groups, ...]."""
-    return x.reshape((tiling.rows, tiling.groups) + x.shape[1:])
-
-
-def _pad_last(x, tiling: Tiling, before: int = 0):
-    """[..., L] -> [..., before + blocks * width]."""
-    after = tiling.width * tiling.blocks - x.shape[-1]
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((before, after),)) if before + after else x
-
-
-def _long(x, tiling: Tiling, before: int = 0):
-    """[B, L, H, K] -> [G, groups, H, K, before + blocks * width]: queries (or keys) minor."""
-    b, length, heads, width = x.shape
-    x = jnp.swapaxes(x.reshape(b, length, heads * width), 1, 2)
-    return _rows(_pad_last(x, tiling, before).reshape(b, heads, width, -1), tiling)
-
-
-def _unlong(x, length: int, before: int = 0):
-    """The inverse of `_long`."""
-    _, _, heads, width, long = x.shape
-    x = jnp.swapaxes(x.reshape(-1, heads * width, long)[..., before : before + length], 1, 2)
-    return x.reshape(-1, length, heads, width)
-
-
-def _take(x, row, start=None, width=None):
-    """Request group `row`, and positions [start, start + width) if given, of [G, groups, ...]."""
-    at, size = [ZERO] * x.ndim, list(x.shape)
-    at[1], size[1] = row, 1
-    if start is not None:
-        at[-1], size[-1] = start, width
-    return jax.lax.dynamic_slice(x, at, size)[:, 0]
-
-
-def _put(buffer, x, row, start=ZERO, add=False):
-    """The inverse of `_take`; `add` adds to what is there."""
-    at = [ZERO] * buffer.ndim
-    at[1], at[-1] = row, start
-    x = x[:, None]
-    if add:
-        x = x + jax.lax.dynamic_slice(buffer, at, x.shape)
-    return jax.lax.dynamic_update_slice(buffer, x.astype(buffer.dtype), at)
-
-
-def _loop(tiling: Tiling, body, buffers):
-    """body(row, start, buffers) over all tiles."""
-    count = tiling.groups * tiling.blocks
-    if count == 1:
-        return body(ZERO, ZERO, buffers)
-
-    def step(i, buffers):
-        i = i.astype(jnp.int32)
-        return body(i // tiling.blocks, i % tiling.blocks * tiling.width, buffers)
-
-    return jax.lax.fori_loop(ZERO, np.int32(count), step, buffers)
 
 
 class _Inputs(NamedTuple):
@@ -177,31 +98,31 @@ def _prepare(static, q, prefixes, band, slopes, times, mask) -> _Inputs:
     halo = 0 if band is None else spec.w - 1
 
     def heads_first(x):  # [B, S, H, K] -> [G, groups, H, S, K]
-        return _rows(jnp.swapaxes(x, 1, 2), tiling)
+        return rows(jnp.swapaxes(x, 1, 2), tiling)
 
     negative = [-slopes[part].astype(dtype) for part in spec.rel.parts]
     return _Inputs(
         tiling,
         halo,
-        _long(q * _scale(q, spec), tiling),
+        long(q * _scale(q, spec), tiling),
         tuple(
             (
                 heads_first(p.k),
                 heads_first(p.v),
-                _rows(spec.rel.clock(p.time), tiling),
-                _rows(p.position, tiling),
+                rows(spec.rel.clock(p.time), tiling),
+                rows(p.position, tiling),
             )
             for p in prefixes
         ),
         band
         and (
-            _long(band.k, tiling, halo),
-            _long(band.v, tiling, halo),
-            _rows(band.user_k, tiling),
-            _rows(band.user_v, tiling),
+            long(band.k, tiling, halo),
+            long(band.v, tiling, halo),
+            rows(band.user_k, tiling),
+            rows(band.user_v, tiling),
         ),
-        _rows(_pad_last(spec.rel.clock(times), tiling, halo), tiling),
-        _rows(_pad_last(mask, tiling, halo), tiling),
+        rows(pad_last(spec.rel.clock(times), tiling, halo), tiling),
+        rows(pad_last(mask, tiling, halo), tiling),
         jnp.stack([*negative, jnp.ones_like(slopes[0], dtype)], 1),
     )
 
@@ -324,17 +245,17 @@ def _forward(static, q, prefixes, band, slopes, times, mask):
 
     def body(row, start, buffers):
         out, log_total = (list(b) for b in buffers)
-        q_tile = _take(x.q, row, start, width)
-        clock = _take(x.clock, row, start, width + halo)
+        q_tile = take(x.q, row, start, width)
+        clock = take(x.clock, row, start, width + halo)
         position = start + jnp.arange(width, dtype=jnp.int32)
 
         def finish(branch, unscaled, total, peak):
             result = unscaled * (1 / jnp.where(total > 0, total, 1))[:, :, None]
-            out[branch] = _put(out[branch], result, row, start)
-            log_total[branch] = _put(log_total[branch], _log_total(total, peak), row, start)
+            out[branch] = put(out[branch], result, row, start)
+            log_total[branch] = put(log_total[branch], _log_total(total, peak), row, start)
 
         for branch, prefix in enumerate(x.prefixes):
-            k, v, key_clock, key_position = (_take(a, row) for a in prefix)
+            k, v, key_clock, key_position = (take(a, row) for a in prefix)
             terms = _prefix_terms(
                 spec, clock[..., halo:], position, key_clock, key_position, dtype.type
             )
@@ -344,17 +265,17 @@ def _forward(static, q, prefixes, band, slopes, times, mask):
             unscaled = _over_keys(v_one, weights)
             finish(branch, unscaled[:, :, :-1], unscaled[:, :, -1], peak)
         if x.band is not None:
-            k, v = (_take(a, row, start, width + halo).astype(dtype) for a in x.band[:2])
-            user_k, user_v = (_take(a, row).astype(dtype) for a in x.band[2:])
-            terms = _band_terms(spec, clock, _take(x.mask, row, start, width + halo), dtype.type)
+            k, v = (take(a, row, start, width + halo).astype(dtype) for a in x.band[:2])
+            user_k, user_v = (take(a, row).astype(dtype) for a in x.band[2:])
+            terms = _band_terms(spec, clock, take(x.mask, row, start, width + halo), dtype.type)
             logits = _band_products(q_tile.astype(dtype), k, user_k, w)
             weights, peak = _exp_of(logits + _bias(x.coefficients, terms))
             unscaled = _band_over_keys(weights, v, user_v, w)
             finish(branches - 1, unscaled, jnp.sum(weights, 2), peak)
         return tuple(out), tuple(log_total)
 
-    out, log_total = _loop(x.tiling, body, (out, log_total))
-    return tuple(_unlong(o, q.shape[1]) for o in out), log_total
+    out, log_total = loop(x.tiling, body, (out, log_total))
+    return tuple(unlong(o, q.shape[1]) for o in out), log_total
 
 
 def _forward_rule(static, q, prefixes, band, slopes, times, mask):
@@ -371,13 +292,13 @@ def _backward_rule(static, residuals, d_out):
     dtype, w, width, halo = accumulation_dtype(q.dtype), spec.w, x.tiling.width, x.halo
     batch, length = q.shape[:2]
     do_out = [
-        _rows(
-            _pad_last(jnp.einsum("blhk,blhk->bhl", a, b, preferred_element_type=dtype), x.tiling),
+        rows(
+            pad_last(jnp.einsum("blhk,blhk->bhl", a, b, preferred_element_type=dtype), x.tiling),
             x.tiling,
         )
         for a, b in zip(d_out, out, strict=True)
     ]
-    d_out = [_long(o, x.tiling) for o in d_out]
+    d_out = [long(o, x.tiling) for o in d_out]
 
     def zeros(a):
         return jnp.zeros(a.shape, dtype)
@@ -391,18 +312,18 @@ def _backward_rule(static, residuals, d_out):
 
     def body(row, start, grads):
         grads = dict(grads)
-        q_tile = _take(x.q, row, start, width)
-        clock = _take(x.clock, row, start, width + halo)
+        q_tile = take(x.q, row, start, width)
+        clock = take(x.clock, row, start, width + halo)
         position = start + jnp.arange(width, dtype=jnp.int32)
         dq = []
         d_prefixes = list(grads["prefixes"])
 
         def of_branch(branch):
             """The cotangent [G, H, K, T], its product with the output, the log normaliser."""
-            return (_take(a[branch], row, start, width) for a in (d_out, do_out, log_total))
+            return (take(a[branch], row, start, width) for a in (d_out, do_out, log_total))
 
         for branch, prefix in enumerate(x.prefixes):
-            k, v, key_clock, key_position = (_take(a, row) for a in prefix)
+            k, v, key_clock, key_position = (take(a, row) for a in prefix)
             do, product, total = of_branch(branch)
             terms = _prefix_terms(
                 spec, clock[..., halo:], position, key_clock, key_position, dtype.type
@@ -415,17 +336,17 @@ def _backward_rule(static, residuals, d_out):
             d_logits = weights * _product(v_one, do_one)
             dq.append(_over_keys(jnp.swapaxes(k, 2, 3), d_logits))
             dk, dv = d_prefixes[branch]
-            dk = _put(dk, _over_queries(d_logits, q_tile), row, add=True)
-            dv = _put(dv, _over_queries(weights, do), row, add=True)
+            dk = put(dk, _over_queries(d_logits, q_tile), row, add=True)
+            dv = put(dv, _over_queries(weights, do), row, add=True)
             d_prefixes[branch] = (dk, dv)
             grads["coefficients"] += _slope_gradients(d_logits, terms)
         if x.band is not None:
-            k, v = (_take(a, row, start, width + halo).astype(dtype) for a in x.band[:2])
-            user_k, user_v = (_take(a, row).astype(dtype) for a in x.band[2:])
+            k, v = (take(a, row, start, width + halo).astype(dtype) for a in x.band[:2])
+            user_k, user_v = (take(a, row).astype(dtype) for a in x.band[2:])
             q_wide = q_tile.astype(dtype)
             do, product, total = of_branch(len(x.prefixes))
             do = do.astype(dtype)
-            terms = _band_terms(spec, clock, _take(x.mask, row, start, width + halo), dtype.type)
+            terms = _band_terms(spec, clock, take(x.mask, row, start, width + halo), dtype.type)
             logits = _band_products(q_wide, k, user_k, w) + _bias(x.coefficients, terms)
             weights = jnp.exp(logits - total[:, :, None])
             d_logits = weights * (_band_products(do, v, user_v, w) - product[:, :, None])
@@ -434,17 +355,17 @@ def _backward_rule(static, residuals, d_out):
             dk_tile = _band_over_queries(d_logits[:, :, 1:], q_wide, w)
             dv_tile = _band_over_queries(weights[:, :, 1:], do, w)
             grads["band"] = (
-                _put(dk, dk_tile, row, start, add=True),
-                _put(dv, dv_tile, row, start, add=True),
-                _put(d_user_k, _over_queries(d_logits[:, :, :1], q_wide)[:, :, 0], row, add=True),
-                _put(d_user_v, _over_queries(weights[:, :, :1], do)[:, :, 0], row, add=True),
+                put(dk, dk_tile, row, start, add=True),
+                put(dv, dv_tile, row, start, add=True),
+                put(d_user_k, _over_queries(d_logits[:, :, :1], q_wide)[:, :, 0], row, add=True),
+                put(d_user_v, _over_queries(weights[:, :, :1], do)[:, :, 0], row, add=True),
             )
             grads["coefficients"] += _slope_gradients(d_logits, terms)
         grads["prefixes"] = tuple(d_prefixes)
-        grads["q"] = _put(grads["q"], sum(dq), row, start)
+        grads["q"] = put(grads["q"], sum(dq), row, start)
         return grads
 
-    grads = _loop(x.tiling, body, grads)
+    grads = loop(x.tiling, body, grads)
 
     def short(a, like):  # [G, groups, H, S, K] -> [B, S, H, K]
         return jnp.swapaxes(a.reshape((batch,) + a.shape[2:]), 1, 2).astype(like.dtype)
@@ -457,15 +378,15 @@ def _backward_rule(static, residuals, d_out):
     if band is not None:
         dk, dv, d_user_k, d_user_v = grads["band"]
         d_band = Band(
-            _unlong(dk, length, halo).astype(band.k.dtype),
-            _unlong(dv, length, halo).astype(band.v.dtype),
+            unlong(dk, length, halo).astype(band.k.dtype),
+            unlong(dv, length, halo).astype(band.v.dtype),
             d_user_k.reshape(band.user_k.shape).astype(band.user_k.dtype),
             d_user_v.reshape(band.user_v.shape).astype(band.user_v.dtype),
         )
     d_slopes = jnp.zeros_like(slopes)
     for i, part in enumerate(spec.rel.parts):
         d_slopes = d_slopes.at[part].set(-grads["coefficients"][:, i].astype(slopes.dtype))
-    dq = _unlong(grads["q"], length) * _scale(q, spec)
+    dq = unlong(grads["q"], length) * _scale(q, spec)
     return dq.astype(q.dtype), d_prefixes, d_band, d_slopes, None, None
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from sparsectr_jax import evo_attention as evo
 from sparsectr_jax.chunking import time_chunks
-from sparsectr_jax.evo_tiles import choose_tiling
+from sparsectr_jax.evo_layout import choose_tiling
 from sparsectr_jax.temporal import RelTemporal
 from tests.sparsectr_jax import dense_reference as ref
 

@@ -1,0 +1,201 @@
+"""Quality over seeds: trains and evaluates the rows of a study by the commands a user would type.
+
+    python -m benchmarks.quality --study=movielens --raw_dir=DIR [--seeds=0,1,2] [--jobs=2]
+    python -m benchmarks.quality --study=movielens --table
+
+A row is a config with a few fields changed; each (row, seed) is one `train.py` and one `eval.py`
+in <workdir>/<study>/<row>/<seed>, on one core each. What is finished goes into
+benchmarks/results/quality_<study>.json at once and is not run again; what was interrupted resumes
+from its last checkpoint. Test figures are those of the last step: nothing is chosen by them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import fcntl
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ctr_jax.data.synthetic import STUDIES
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ("auc", "gauc_user", "logloss", "oracle_auc", "count")
+
+
+def _row(config: str, **changes) -> dict:
+    return {"config": f"configs/{config}", "changes": changes}
+
+
+# What each effect of the generator is seen by, and so the change that must lose without it.
+ABLATIONS = {
+    "interest": {"model.use_global": False},
+    "transition": {"model.use_transition": False},
+    "local": {"model.use_local": False},
+    "recency": {"model.rel_time": False},
+    "hour": {"model.rel_hour": False},
+    "weekend": {"model.rel_weekend": False},
+}
+
+
+def studies() -> dict[str, dict[str, dict]]:
+    """{study: {row: {"config", "changes"}}}."""
+    movielens, kuairand = "sparsectr_movielens.py", "sparsectr_kuairand.py"
+    demo = "sparsectr_alibaba.py:demo"
+    effects = {}
+    for effect in STUDIES:
+        for on in ("on", "off"):
+            config = f"sparsectr_alibaba.py:{effect}_{on}"
+            effects[f"{effect} {on}"] = _row(config)
+            effects[f"{effect} {on}, ablated"] = _row(config, **ABLATIONS[effect])
+    effects["transition on, fixed chunks"] = _row(
+        "sparsectr_alibaba.py:transition_on", **{"model.chunking": "fixed"}
+    )
+    return {
+        "movielens": {
+            "SparseCTR, L=200": _row(movielens),
+            "SparseCTR, L=20": _row(movielens, history_length=20),
+            "DIN, L=200": _row("din_movielens.py"),
+        },
+        "movielens_v1": {
+            "SparseCTR, L=200": _row(movielens + ":v1"),
+            "SparseCTR, L=20": _row(movielens + ":v1", history_length=20),
+            "DIN, L=200": _row("din_movielens.py:v1"),
+        },
+        "kuairand": {"SparseCTR": _row(kuairand), "DIN": _row("din_kuairand.py")},
+        "lengths": {
+            "no history": _row(demo, history_length=0),
+            "last 20": _row(demo, history_length=20),
+            "full": _row(demo),
+            "DIN, full": _row("din_alibaba.py:demo"),
+        },
+        "effects": effects,
+    }
+
+
+def run(study: str, row: str, seed: int, core: int, args) -> None:
+    """One (row, seed), from the raw files to a line in the results."""
+    what = studies()[study][row]
+    workdir = Path(args.workdir) / study / row.replace(" ", "_").replace(",", "") / str(seed)
+    flags = [f"--config={what['config']}", f"--workdir={workdir}", "--cpu_devices=1"]
+    flags += [f"--config.{k}={v}" for k, v in what["changes"].items()]
+    flags += [f"--config.seed={seed}"]
+    if args.raw_dir:
+        flags += [f"--config.data.raw_dir={args.raw_dir}"]
+    workdir.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    with open(workdir / "log.txt", "ab") as log:
+        for command in ("train.py", "eval.py"):
+            extra = [f"--step={_last_step(workdir)}"] if command == "eval.py" else []
+            subprocess.run(
+                [sys.executable, command, *flags, *extra],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            )
+    done = json.loads((workdir / "train_done.json").read_text())
+    result = {}
+    for split in ("valid", "test"):
+        measured = json.loads((workdir / "evaluation" / split / "results.json").read_text())
+        result[split] = {k: measured[k] for k in KEPT if measured.get(k) is not None}
+        result["data_hash"] = measured.get("data_hash")
+    result |= {"step": done["step"], "examples_per_second": done["examples_per_second"]}
+    result |= {"seconds": round(time.time() - began), "changes": what["changes"]}
+    _add(_results_path(study), row, seed, result)
+    print(f"{study} | {row} | seed {seed} | test {result['test']}", flush=True)
+
+
+def _last_step(workdir: Path) -> int:
+    return json.loads((workdir / "train_done.json").read_text())["step"]
+
+
+def _results_path(study: str) -> Path:
+    return ROOT / "benchmarks" / "results" / f"quality_{study}.json"
+
+
+def _add(path: Path, row: str, seed: int, result: dict) -> None:
+    """Adds one result to the file, safely beside other processes that do."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+        results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, CPU"
+        results["rows"].setdefault(row, {})[str(seed)] = result
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(temporary, path)
+
+
+def table(study: str) -> str:
+    """The study's results: mean and standard deviation over seeds, as a markdown table."""
+    rows = json.loads(_results_path(study).read_text())["rows"]
+    lines = ["| | seeds | AUC | GAUC | logloss | of the oracle | ex/s, one core |", "|---|" * 1]
+    lines[1] = "|---|---|---|---|---|---|---|"
+    for row in [r for r in studies()[study] if r in rows]:
+        runs = list(rows[row].values())
+
+        def spread(values: list[float]) -> str:
+            values = [v for v in values if v is not None]
+            if not values:
+                return ""
+            sd = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            return f"{statistics.mean(values):.4f}{sd}"
+
+        tests = [r["test"] for r in runs]
+        share = [
+            (t["auc"] - 0.5) / (t["oracle_auc"] - 0.5) if "oracle_auc" in t else None for t in tests
+        ]
+        cells = [spread([t.get(k) for t in tests]) for k in ("auc", "gauc_user", "logloss")]
+        speed = statistics.median(r["examples_per_second"] for r in runs)
+        lines.append(
+            f"| {row} | {len(runs)} | {' | '.join(cells)} | {spread(share)} | {speed:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--study", required=True, choices=studies())
+    parser.add_argument("--rows", nargs="+", help="only these")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--raw_dir", help="of real data; generated data needs none")
+    parser.add_argument("--workdir", default="runs/quality")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    args = parser.parse_args()
+    if not args.table:
+        path = _results_path(args.study)
+        have = json.loads(path.read_text())["rows"] if path.exists() else {}
+        wanted = args.rows or list(studies()[args.study])
+        todo = [
+            (row, int(seed))
+            for seed in args.seeds.split(",")
+            for row in wanted
+            if seed not in have.get(row, {})
+        ]
+        cores = sorted(os.sched_getaffinity(0))
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            free = list(cores[: args.jobs]) or cores
+
+            def one(item):
+                core = free.pop()
+                try:
+                    run(args.study, *item, core, args)
+                finally:
+                    free.append(core)
+
+            for _ in pool.map(one, todo):
+                pass
+    print(table(args.study))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""How EvoAttention's tiles lie in memory: cutting a batch into tiles, reading and writing one.
+
+A batch [B, L, H, K] becomes [G, groups, H, K, blocks * T]: a tile is G requests, `groups` apart in
+the batch, times T consecutive positions, which are the minor axis.
+
+Axis letters: B requests, L history, G requests of a tile, T queries of a tile, H heads, K width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ZERO = np.int32(0)  # indices of one type, with 64-bit integers enabled or not
+
+
+class Tiling(NamedTuple):
+    """rows: G, a divisor of B. groups: B / G. width: T. blocks: at least L / T."""
+
+    rows: int
+    groups: int
+    width: int
+    blocks: int
+
+
+def choose_tiling(batch: int, length: int, heads: int, keys: int, budget: int) -> Tiling:
+    """Tiles of about `budget` logits, of at most 8 requests where a history needs several.
+
+    The requests of a tile are B / G apart, so that with the batch sharded over up to eight
+    devices every device walks over its own rows.
+    """
+    rows = next(g for g in (8, 4, 2, 1) if batch % g == 0)
+    groups = batch // rows
+    widest = max(budget // (rows * heads * keys), 64)
+    if length <= widest:
+        more = max(budget // (rows * heads * keys * length), 1)
+        factor = next(f for f in range(min(more, groups), 0, -1) if groups % f == 0)
+        return Tiling(rows * factor, groups // factor, length, 1)
+    # Whole vectors, with as little padding as possible, then as wide as possible.
+    widths = range(64, widest + 1, 64)
+    width = min(widths, key=lambda t: (-(-length // t) * t, -t))
+    return Tiling(rows, groups, width, -(-length // width))
+
+
+def rows(x, tiling: Tiling):
+    """[B, ...] -> [G, groups, ...]."""
+    return x.reshape((tiling.rows, tiling.groups) + x.shape[1:])
+
+
+def pad_last(x, tiling: Tiling, before: int = 0):
+    """[..., L] -> [..., before + blocks * width]."""
+    after = tiling.width * tiling.blocks - x.shape[-1]
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((before, after),)) if before + after else x
+
+
+def long(x, tiling: Tiling, before: int = 0):
+    """[B, L, H, K] -> [G, groups, H, K, before + blocks * width]: queries (or keys) minor."""
+    b, length, heads, width = x.shape
+    x = jnp.swapaxes(x.reshape(b, length, heads * width), 1, 2)
+    return rows(pad_last(x, tiling, before).reshape(b, heads, width, -1), tiling)
+
+
+def unlong(x, length: int, before: int = 0):
+    """The inverse of `long`."""
+    _, _, heads, width, long = x.shape
+    x = jnp.swapaxes(x.reshape(-1, heads * width, long)[..., before : before + length], 1, 2)
+    return x.reshape(-1, length, heads, width)
+
+
+def take(x, row, start=None, width=None):
+    """Request group `row`, and positions [start, start + width) if given, of [G, groups, ...]."""
+    at, size = [ZERO] * x.ndim, list(x.shape)
+    at[1], size[1] = row, 1
+    if start is not None:
+        at[-1], size[-1] = start, width
+    return jax.lax.dynamic_slice(x, at, size)[:, 0]
+
+
+def put(buffer, x, row, start=ZERO, add=False):
+    """The inverse of `take`; `add` adds to what is there."""
+    at = [ZERO] * buffer.ndim
+    at[1], at[-1] = row, start
+    x = x[:, None]
+    if add:
+        x = x + jax.lax.dynamic_slice(buffer, at, x.shape)
+    return jax.lax.dynamic_update_slice(buffer, x.astype(buffer.dtype), at)
+
+
+def loop(tiling: Tiling, body, buffers):
+    """body(row, start, buffers) over all tiles."""
+    count = tiling.groups * tiling.blocks
+    if count == 1:
+        return body(ZERO, ZERO, buffers)
+
+    def step(i, buffers):
+        i = i.astype(jnp.int32)
+        return body(i // tiling.blocks, i % tiling.blocks * tiling.width, buffers)
+
+    return jax.lax.fori_loop(ZERO, np.int32(count), step, buffers)
