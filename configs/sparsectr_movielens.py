@@ -39,4 +39,10 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.model = default_config()
     config.model.base_rate = 0.575
+    # Chosen on the validation tail (docs/results.md): times are floored to the hour here, so time
+    # cuts a median of two chunks, and a wide local window has to see behaviours one by one.
+    config.model.width = 64
+    config.model.num_layers = 1
+    config.model.local_window = 50
+    config.optimizer.learning_rate = config.table_optimizer.learning_rate = 2e-3
     return config
