@@ -137,8 +137,10 @@ def _add(path: Path, row: str, seed: int, result: dict) -> None:
 def table(study: str) -> str:
     """The study's results: mean and standard deviation over seeds, as a markdown table."""
     rows = json.loads(_results_path(study).read_text())["rows"]
-    lines = ["| | seeds | AUC | GAUC | logloss | of the oracle | ex/s, one core |", "|---|" * 1]
-    lines[1] = "|---|---|---|---|---|---|---|"
+    lines = [
+        "| | seeds | AUC | GAUC | logloss | of the oracle | ex/s, one core |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in [r for r in studies()[study] if r in rows]:
         runs = list(rows[row].values())
 

@@ -1,0 +1,68 @@
+"""Every page of configs/ gives a config, for each of its variants, and says no to others."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quality
+from configs import sparsectr_alibaba
+from ctr_jax.data.synthetic import STUDIES, SyntheticConfig
+
+PAGES = sorted(
+    p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_gives_a_config_and_names_its_command(page):
+    module = importlib.import_module(f"configs.{page}")
+    config = module.get_config()
+    assert config.name.startswith(page) and config.data.builder and config.model.module
+    assert f"train.py --config=configs/{page}.py" in module.__doc__
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_variant_that_does_not_exist_is_refused(page):
+    with pytest.raises((ValueError, TypeError)):
+        importlib.import_module(f"configs.{page}").get_config("no_such_variant")
+
+
+@pytest.mark.parametrize("variant", sparsectr_alibaba.EFFECTS)
+def test_an_effect_variant_plants_that_effect_or_not(variant):
+    config = sparsectr_alibaba.get_config(variant)
+    effect, _, state = variant.partition("_")
+    generated = SyntheticConfig(**config.data.generate)
+    assert getattr(generated, effect) == (STUDIES[effect][0] if state == "on" else 0)
+    other = sparsectr_alibaba.get_config(f"{effect}_{'off' if state == 'on' else 'on'}")
+    fields = dataclasses.asdict(SyntheticConfig(**other.data.generate))
+    differing = {k for k, v in dataclasses.asdict(generated).items() if fields[k] != v}
+    assert differing == {effect}
+    assert other.data.raw_dir != config.data.raw_dir
+
+
+@pytest.mark.parametrize("study", quality.studies())
+def test_every_row_of_a_study_changes_fields_that_exist(study):
+    for row in quality.studies()[study].values():
+        path, _, variant = row["config"].partition(":")
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        config = module.get_config(variant) if variant else module.get_config()
+        config.lock()
+        config.update_from_flattened_dict(row["changes"])
+        for name, value in row["changes"].items():
+            at = config
+            for part in name.split("."):
+                at = at[part]
+            assert at == value
+
+
+def test_results_add_up_and_print_with_their_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "ROOT", tmp_path)
+    path = tmp_path / "benchmarks" / "results" / "quality_kuairand.json"
+    for seed, auc in ((0, 0.7), (1, 0.72)):
+        test = {"auc": auc, "gauc_user": 0.6, "logloss": 0.5}
+        quality._add(path, "DIN", seed, {"test": test, "examples_per_second": 1000.0})
+    text = quality.table("kuairand")
+    assert "| DIN | 2 | 0.7100 ± 0.0141 | 0.6000 ± 0.0000 | 0.5000 ± 0.0000 |  | 1,000 |" in text
+    assert "SparseCTR" not in text  # a row without runs is left out
