@@ -45,6 +45,18 @@ def _unaligned_load(bits: int):
 _load64, _load32 = _unaligned_load(64), _unaligned_load(32)
 
 
+@intrinsic
+def address_of(typingctx, buf, at):
+    """The address of buf[at], for C functions."""
+
+    def generate(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        pointer = builder.gep(array.data, [arguments[1]])
+        return builder.bitcast(pointer, ir.IntType(8).as_pointer())
+
+    return types.voidptr(buf, types.intp), generate
+
+
 @njit(cache=True, nogil=True, inline="always")
 def load64(buf, at):
     """The 8 bytes at `at` as uint64."""

@@ -21,6 +21,10 @@ class DamagedError(VaultError):
         self.users = users
 
 
+class MissingError(VaultError):
+    """A segment file is not there: lost, or reclaimed since the index was read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Damage:
     """One place whose bytes are not what was written: file name, offset in bytes, what is wrong."""

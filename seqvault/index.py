@@ -9,28 +9,28 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from seqvault.part import OFFSET_BITS
+
 # user; place and bytes of the newest part (place -1: none); rows in all parts; newest time in
 # parts; the newest row of the fresh tail + 1 (0: none).
 ENTRY = np.dtype(
     [("user", "<i8"), ("place", "<i8"), ("bytes", "<u4"), ("rows", "<u4"), ("newest", "<i4"),
      ("tail", "<u4")]
 )  # fmt: skip
-_OFFSET_BITS = 40
-MAX_OFFSET = 1 << _OFFSET_BITS
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def place_of(segment: int, offset: int) -> int:
     """A part's place in one number."""
-    return segment << _OFFSET_BITS | offset
+    return segment << OFFSET_BITS | offset
 
 
 def segment_of(place):
-    return place >> _OFFSET_BITS
+    return place >> OFFSET_BITS
 
 
 def offset_of(place):
-    return place & (MAX_OFFSET - 1)
+    return place & ((1 << OFFSET_BITS) - 1)
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -50,6 +50,22 @@ def _find(slots, entries, users, found):
                 found[i] = slots[slot] - 1
                 break
             slot = (slot + 1) & mask
+
+
+@njit(cache=True, nogil=True)
+def _look_up(slots, entries, users, found):
+    numbers = np.empty(len(users), np.int64)
+    _find(slots, entries, users, numbers)
+    fresh = False
+    for i in range(len(users)):
+        if numbers[i] < 0:
+            found[0, i], found[1:, i] = -1, 0
+            continue
+        entry = entries[numbers[i]]
+        found[0, i], found[1, i], found[2, i] = entry.place, entry.bytes, entry.rows
+        found[3, i], found[4, i] = entry.newest, entry.tail
+        fresh |= entry.tail > 0
+    return fresh
 
 
 @njit(cache=True, nogil=True)
@@ -87,6 +103,11 @@ class Index:
         found = np.empty(len(users), np.int64)
         _find(self._slots, self._entries, users, found)
         return found
+
+    def look_up(self, users: np.ndarray) -> tuple[np.ndarray, bool]:
+        """([5, B] place, bytes, rows, newest and tail of `users` [B], whether any has a tail)."""
+        found = np.empty((5, len(users)), np.int64)
+        return found, _look_up(self._slots, self._entries, users, found)
 
     def find_or_add(self, users: np.ndarray) -> np.ndarray:
         """Like `find`, but adds empty entries for users that are not there."""

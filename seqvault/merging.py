@@ -15,7 +15,6 @@ from seqvault.files import kill_point
 from seqvault.index import ENTRY, Index, offset_of, segment_of
 from seqvault.manifest import write_manifest
 from seqvault.part import NO_PLACE
-from seqvault.reading import read_rows
 from seqvault.schema import TIME, Schema, words_of
 from seqvault.segments import segment_path
 from seqvault.state import State, Stream, index_bytes, walk
@@ -79,6 +78,7 @@ def _commit(vault: Vault, stream: int, write) -> None:
         raise
     state.committed.update(touched)
     parts.sizes = {parts.segment: parts.size}
+    state.open_segments()
     state.streams[stream].commit(merged)
 
 
@@ -90,23 +90,23 @@ def _rewrite(vault: Vault, number: int, users: np.ndarray, whole: bool) -> np.nd
     """
     state = vault._state
     looked = querying.look_up(state, number, users, None)
-    counts = np.diff(looked.starts)
+    counts = looked.totals - looked.rows
+    edges = np.concatenate([[0], np.cumsum(counts)])
     most = np.minimum(looked.rows, 2 * state.block_rows)
     rights = np.cumsum(most)
-    found = read_rows(
-        looked.segments.fetch, looked.layout, number, users, looked.places, looked.sizes,
-        looked.rows, None, most, rights, int(rights[-1]), follow=False,
-    )  # fmt: skip
+    found = looked.read(users, looked.rows, None, most, rights, int(rights[-1]), follow=False)
     merged = np.zeros(len(users), ENTRY)
     for i, user in enumerate(users.tolist()):
-        fresh = {n: c[looked.starts[i] : looked.starts[i + 1]] for n, c in looked.fresh.items()}
+        fresh = {n: c[edges[i] : edges[i + 1]] for n, c in looked.fresh.items()}
         mine = slice(int(rights[i] - found.taken[i]), int(rights[i]))
-        rows = {n: np.concatenate([c[mine], fresh[n]]) for n, c in found.columns.items()}
+        rows = {n: c[mine] for n, c in found.columns.items()}
+        if counts[i]:
+            rows = {n: np.concatenate([c, fresh[n]]) for n, c in rows.items()}
         first = int(max(found.first[i], 0))
         link = int(found.previous[i]), int(found.previous_bytes[i])
         # The newest part may be longer than a part is today; then all of the history is cut anew.
         cut_off = first + found.taken[i] != looked.rows[i]
-        late = len(fresh[TIME]) > 0 and first > 0 and fresh[TIME][0] < rows[TIME][0]
+        late = counts[i] > 0 and first > 0 and fresh[TIME][0] < rows[TIME][0]
         if looked.places[i] < 0 or first == 0:
             first, link = 0, (NO_PLACE, 0)
         if cut_off or ((late or whole) and first > 0) or looked.rows[i] > found.taken[i] + first:
@@ -176,17 +176,14 @@ def chain_places(state: State, number: int, users: np.ndarray) -> dict[int, set[
     looked = querying.look_up(state, number, users, ())
     chains: dict[int, set[tuple[int, int]]] = {user: set() for user in users.tolist()}
     at = np.flatnonzero(looked.places >= 0)
-    places, sizes, limits = looked.places.copy(), looked.sizes.copy(), looked.rows
-    none = np.zeros(len(users), np.int64)
     while len(at):
-        for i in at.tolist():
-            chains[int(users[i])].add((segment_of(int(places[i])), offset_of(int(places[i]))))
-        found = read_rows(
-            looked.segments.fetch, looked.layout, number, users[at], places[at], sizes[at],
-            limits[at], None, none[at], none[at], 0, follow=False,
-        )  # fmt: skip
-        places[at], sizes[at] = found.previous, found.previous_bytes
-        at = at[places[at] >= 0]
+        looked, users = looked.part(at), users[at]
+        for user, place in zip(users.tolist(), looked.places.tolist(), strict=True):
+            chains[user].add((segment_of(place), offset_of(place)))
+        none = np.zeros(len(users), np.int64)
+        found = looked.read(users, looked.rows, None, none, none, 0, follow=False)
+        looked = looked._replace(places=found.previous, sizes=found.previous_bytes)
+        at = np.flatnonzero(looked.places >= 0)
     return chains
 
 

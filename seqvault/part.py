@@ -22,11 +22,14 @@ Values travel as int64 words: integers by value, floats as their bits.
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from seqvault.bits import (
     SLACK,
+    address_of,
     checksum,
     load32,
     load64,
@@ -43,14 +46,33 @@ HEAD_MAGIC, TAIL_MAGIC = 0x50565153, 0x45565153
 NO_PLACE = np.int64(-1)
 MAX_DICT = 4096
 FOR, DELTA, DICT = 0, 1, 2
+BITS = "e1ab8705db3eb5de"  # of bits.py: a changed name makes Numba compile this file anew
 NEVER = np.iinfo(np.int64).max  # a `before` later than every time
 
-DONE, SHORT, DAMAGED = 0, 1, 2
+DONE, SHORT, DAMAGED, MISSING = 0, 1, 2, 3
 # Columns of a read's result.
 STATUS, TAKEN, NEED, PREVIOUS, PREVIOUS_BYTES, REACHED, FIRST = range(7)
-RESULTS = 7
+RESULTS = FOUND = 7
+
+OFFSET_BITS = 40  # a place is segment << OFFSET_BITS | offset
 
 _U = np.uint64
+_libc_pread = types.ExternalFunction(
+    "pread64" if sys.platform == "linux" else "pread",
+    types.intp(types.int32, types.voidptr, types.uintp, types.int64),
+)
+
+
+@njit(cache=True, nogil=True)
+def _pread(fd, buf, size, offset):
+    """Reads `size` bytes at `offset` of the file into `buf`; the bytes that came, or -1."""
+    done = 0
+    while done < size:
+        got = _libc_pread(fd, address_of(buf, done), size - done, offset + done)
+        if got <= 0:
+            break
+        done += got
+    return done
 
 
 def bound(rows: int, columns: int) -> int:
@@ -503,20 +525,20 @@ def read_parts(
     buf, ends, available, users, stream, limits, befores, wants, rights,
     wanted, sizes, offsets, defaults, out, results,
 ):  # fmt: skip
-    """Reads the newest behaviours of one part per user into right-aligned arrays.
+    """Reads the newest behaviours of one part per user into right-aligned columns.
 
     Args:
-      buf: uint8; the parts' bytes.
+      buf: uint8; the parts' bytes, and SLACK more.
       ends: [k] one past each part's last byte in `buf`; `available` [k] bytes before it are there.
-      users: [k] int64 whose part it must be.
+      users: [k] int64 whose part it must be; `stream` likewise.
       limits: [k] positions in the user's history; rows below are seen.
       befores: [k] times; rows earlier are seen (NEVER: all).
       wants: [k] how many rows to take at most.
-      rights: [k] where rows end in every output: i * n + one past the last value's column.
+      rights: [k] the cell before which each user's rows end.
       wanted: [versions, columns] which output a stored column of a schema version fills, or -1.
       sizes, offsets, defaults: [J] of each output: bytes per value, first byte in `out`, bits of
         what a version without the column reads as.
-      out: uint8; every output is [B, n] values from its offset on, zero before.
+      out: uint8; every output is a column of values from its offset on, zero before.
       results: [k, RESULTS] int64, filled: status (SHORT asks for NEED bytes before the end), rows
         taken, the previous part, the position REACHED (rows seen), FIRST row of the part.
     """
@@ -525,9 +547,78 @@ def read_parts(
     for i in range(len(ends)):
         _read(
             buf, ends[i], available[i], users[i], stream, limits[i], befores[i], wants[i],
-            wanted, sizes, offsets, defaults, rights[i], out, results[i],
-            dictionaries, codes,
+            wanted, sizes, offsets, defaults, rights[i], out, results[i], dictionaries, codes,
         )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def read_chains(
+    mapped, fds, users, stream, places, part_bytes, limits, befores, wants, rights, follow,
+    wanted, sizes, offsets, defaults, out, found,
+):  # fmt: skip
+    """Reads the newest behaviours of each user's chain of parts; see reading.read_rows.
+
+    Args:
+      mapped: uint8; the one segment's bytes, if `fds` is empty.
+      fds: int32 file descriptors by segment number (-1: not open); one pread per part.
+      places, part_bytes: [k] the newest part; place NO_PLACE: no rows.
+      follow: whether to go on to older parts.
+      found: [k, FOUND] int64, zero; filled: status, rows taken, position reached, first row of the
+        newest part, the part before the oldest one read and its bytes, preads.
+      The others as in `read_parts`.
+    """
+    dictionaries = np.zeros((256, 4), np.int64)
+    codes = np.empty(CHUNK, np.uint64)
+    result = np.zeros(RESULTS, np.int64)
+    scratch = np.empty(1 << 15, np.uint8)
+    for i in range(len(users)):
+        place, size, want, right = places[i], np.int64(part_bytes[i]), wants[i], rights[i]
+        hint = TRAILER + 8192 + want * 16
+        settled = newest = False
+        while place != NO_PLACE:
+            segment, offset = place >> OFFSET_BITS, place & ((np.int64(1) << OFFSET_BITS) - 1)
+            if len(fds):
+                got = min(size, hint)
+                if segment < 0 or segment >= len(fds) or fds[segment] < 0:
+                    found[i, 0] = MISSING
+                    break
+                if got + SLACK > len(scratch):
+                    scratch = np.empty(got + SLACK, np.uint8)
+                read = _pread(fds[segment], scratch, got, offset + size - got)
+                found[i, 6] += 1
+                if read != got:
+                    found[i, 0] = DAMAGED
+                    break
+                buf, end = scratch, got
+            else:
+                got, end = size, offset + size
+                if place < 0 or end > len(mapped):
+                    found[i, 0] = DAMAGED
+                    break
+                buf = mapped
+            _read(
+                buf, end, got, users[i], stream, limits[i], befores[i], want,
+                wanted, sizes, offsets, defaults, right, out, result, dictionaries, codes,
+            )  # fmt: skip
+            if result[STATUS] == SHORT and hint < result[NEED] <= size:
+                hint = result[NEED]
+                continue
+            if result[STATUS] != DONE:
+                found[i, 0] = DAMAGED
+                break
+            if not newest:
+                newest = True
+                found[i, 3] = result[FIRST]
+            if not settled:
+                found[i, 2] = result[REACHED]
+                settled = result[REACHED] > result[FIRST]
+            found[i, 1] += result[TAKEN]
+            right -= result[TAKEN]
+            want -= result[TAKEN]
+            place, size = result[PREVIOUS], result[PREVIOUS_BYTES]
+            if not follow or (want == 0 and settled):
+                break
+        found[i, 4], found[i, 5] = place, size
 
 
 @njit(cache=True, nogil=True)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from seqvault.errors import VaultError
-from seqvault.index import ENTRY
-from seqvault.reading import Layout, read_rows
+from seqvault.reading import Found, Layout, read_rows
 from seqvault.schema import TIME
-from seqvault.segments import Segments
+from seqvault.segments import FileSource
 from seqvault.state import State
 
 if TYPE_CHECKING:
@@ -24,65 +23,64 @@ class Looked(NamedTuple):
     """What the state holds of some users, copied, so that it can be used without its lock.
 
     Attributes:
-      places, sizes, parted, newest: [B] the newest part, rows in all parts, their newest time.
-      starts: [B + 1] and fresh: {column: [rows]}, the fresh rows of each by (time, arrival).
-      rows: [B] is `parted`.
+      places, sizes, rows, newest: [B] the newest part and its bytes, rows in all parts, and their
+        newest time.
+      starts: [B + 1] and fresh: {column: [rows]}, the fresh rows of each by (time, arrival);
+        `starts` is None if nobody has any.
     """
 
-    segments: Segments
+    source: FileSource
     layout: Layout
     stream: int
     places: np.ndarray
     sizes: np.ndarray
     rows: np.ndarray
     newest: np.ndarray
-    starts: np.ndarray
+    starts: np.ndarray | None
     fresh: dict[str, np.ndarray]
+
+    @property
+    def totals(self) -> np.ndarray:
+        """[B] behaviours of each."""
+        return self.rows if self.starts is None else self.rows + np.diff(self.starts)
 
     def part(self, which: np.ndarray) -> Looked:
         """The same of the users at positions `which`."""
-        counts = np.diff(self.starts)[which]
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        rows = np.repeat(self.starts[:-1][which] - starts[:-1], counts) + np.arange(starts[-1])
+        starts, fresh = self.starts, self.fresh
+        if starts is not None:
+            counts = np.diff(starts)[which]
+            starts = np.concatenate([[0], np.cumsum(counts)])
+            rows = np.repeat(self.starts[:-1][which] - starts[:-1], counts) + np.arange(starts[-1])
+            fresh = {name: values[rows] for name, values in fresh.items()}
         return self._replace(
             places=self.places[which],
             sizes=self.sizes[which],
             rows=self.rows[which],
             newest=self.newest[which],
             starts=starts,
-            fresh={name: values[rows] for name, values in self.fresh.items()},
+            fresh=fresh,
         )
+
+    def read(self, users, limits, befores, wants, rights, cells, follow=True) -> Found:
+        """`reading.read_rows` of these users' parts."""
+        return read_rows(
+            self.source, self.layout, self.stream, users, self.places, self.sizes, limits,
+            befores, wants, rights, cells, follow,
+        )  # fmt: skip
 
 
 def look_up(state: State, stream: int, users: np.ndarray, names: tuple[str, ...] | None) -> Looked:
     """What the state holds of `users` [B]; columns `names` (None: all) of the fresh rows."""
     layout = state.layout(names)
-    index, tail = state.streams[stream].index, state.streams[stream].tail
-    numbers = index.find(users)
-    entries = index.entries[np.maximum(numbers, 0)] if index.count else _nobody(len(users))
-    unknown = numbers < 0
-    heads = np.where(unknown, 0, entries["tail"])
-    if heads.any():
-        starts, rows = tail.rows(heads)
-        fresh = {name: tail.take(name, rows) for name in layout.names}
-    else:
-        starts = np.zeros(len(users) + 1, np.int64)
-        fresh = {name: np.zeros(0, dtype) for name, dtype in layout.names.items()}
-    return Looked(
-        state.segments,
-        layout,
-        stream,
-        np.where(unknown, -1, entries["place"]),
-        entries["bytes"].astype(np.int64),
-        np.where(unknown, 0, entries["rows"]).astype(np.int64),
-        entries["newest"],
-        starts,
-        fresh,
-    )
-
-
-def _nobody(count: int) -> np.ndarray:
-    return np.zeros(count, ENTRY)
+    tail = state.streams[stream].tail
+    found, any_fresh = state.streams[stream].index.look_up(users)
+    places, sizes, rows, newest, heads = found
+    starts, fresh = None, {}
+    if any_fresh:
+        starts, numbers = tail.rows(heads)
+        fresh = {name: tail.take(name, numbers) for name in layout.names}
+    source = state.segments.source()
+    return Looked(source, layout, stream, places, sizes, rows, newest, starts, fresh)
 
 
 def last_n(
@@ -94,25 +92,32 @@ def last_n(
 ) -> dict[str, np.ndarray]:
     """See Vault.last_n."""
     batch = len(users)
-    counts = np.diff(looked.starts)
-    totals = looked.rows + counts
+    totals = looked.totals
     if before is not None:
         before = np.broadcast_to(np.asarray(before), users.shape).astype(np.int64)
-        seen_fresh = _fresh_before(looked, before)
         limits = looked.rows
-    else:
-        end = totals if end is None else checked_ends(users, totals, end)
-        seen_fresh = np.maximum(end - looked.rows, 0)
+    elif end is not None:
+        end = checked_ends(users, totals, end)
         limits = np.minimum(looked.rows, end)
+    else:
+        end = totals
+        limits = looked.rows
+    cells = np.arange(batch) * n
+    if looked.starts is None:
+        found = looked.read(users, limits, before, np.full(batch, n), cells + n, batch * n)
+        out = {name: values.reshape(batch, n) for name, values in found.columns.items()}
+        out["mask"] = np.arange(n) >= n - found.taken[:, None]
+        return out
+    if before is not None:
+        seen_fresh = _fresh_before(looked, before)
+    else:
+        seen_fresh = np.maximum(end - looked.rows, 0)
     late = _late(looked)
     fresh_wanted = np.minimum(seen_fresh, n)
     if late is not None:
         fresh_wanted[late] = n  # nothing is read from their parts here
-    rights = np.arange(batch) * n + n - fresh_wanted
-    found = read_rows(
-        looked.segments.fetch, looked.layout, looked.stream, users, looked.places, looked.sizes,
-        limits, before, n - fresh_wanted, rights, batch * n,
-    )  # fmt: skip
+    rights = cells + n - fresh_wanted
+    found = looked.read(users, limits, before, n - fresh_wanted, rights, batch * n)
     taken = found.taken + fresh_wanted
     if late is not None:
         fresh_wanted[late] = taken[late] = 0
@@ -121,7 +126,7 @@ def last_n(
         last = np.cumsum(fresh_wanted)
         inner = np.arange(total) - np.repeat(last - fresh_wanted, fresh_wanted)
         source = np.repeat(looked.starts[:-1] + seen_fresh - fresh_wanted, fresh_wanted) + inner
-        target = np.repeat((np.arange(batch) + 1) * n - fresh_wanted, fresh_wanted) + inner
+        target = np.repeat(rights, fresh_wanted) + inner
         for name, values in found.columns.items():
             values[target] = looked.fresh[name][source]
     out = {name: values.reshape(batch, n) for name, values in found.columns.items()}
@@ -134,7 +139,7 @@ def last_n(
 
 def _fresh_before(looked: Looked, before: np.ndarray) -> np.ndarray:
     """[B] how many of each user's fresh rows are earlier."""
-    if looked.starts[-1] == 0:
+    if looked.starts is None:
         return np.zeros(len(before), np.int64)
     earlier = looked.fresh[TIME] < np.repeat(before, np.diff(looked.starts))
     return np.diff(np.concatenate([[0], np.cumsum(earlier)])[looked.starts])
@@ -142,7 +147,7 @@ def _fresh_before(looked: Looked, before: np.ndarray) -> np.ndarray:
 
 def _late(looked: Looked) -> np.ndarray | None:
     """Positions of users with a fresh row that belongs before one in their parts; None: nobody."""
-    if looked.starts[-1] == 0:
+    if looked.starts is None:
         return None
     counts = np.diff(looked.starts)
     some = np.flatnonzero((counts > 0) & (looked.places >= 0))
@@ -152,12 +157,10 @@ def _late(looked: Looked) -> np.ndarray | None:
 
 def _last_n_late(looked, users, n, cut, by_time, out, taken, positions) -> None:
     """Fills rows `positions` of `out`, whose fresh rows must be sorted in among their parts'."""
-    # Rows that sort behind the cut are fresh ones at most, so this many of the parts suffice.
-    counts = np.diff(looked.starts)
     if by_time:
         befores, skips = cut, np.zeros(len(users), np.int64)
     else:
-        befores, skips = None, looked.rows + counts - cut
+        befores, skips = None, looked.totals - cut
     wants = np.minimum(looked.rows, n + skips)
     starts, columns = together(looked, users, befores, wants)
     for i, position in enumerate(positions.tolist()):
@@ -180,13 +183,13 @@ def together(
         taken = np.minimum(wants, looked.rows)
     else:
         taken = np.minimum(wants, resolve_parts(looked, users, befores))
-    counts = np.diff(looked.starts)
+    counts = looked.totals - looked.rows
     starts = np.concatenate([[0], np.cumsum(taken + counts)])
-    found = read_rows(
-        looked.segments.fetch, looked.layout, looked.stream, users, looked.places, looked.sizes,
-        looked.rows, befores, taken, starts[1:] - counts, int(starts[-1]),
-    )  # fmt: skip
-    target = np.repeat(starts[1:] - counts - looked.starts[:-1], counts)
+    rights = starts[1:] - counts
+    found = looked.read(users, looked.rows, befores, taken, rights, int(starts[-1]))
+    if looked.starts is None:
+        return starts, found.columns
+    target = np.repeat(rights - looked.starts[:-1], counts)
     target += np.arange(looked.starts[-1])
     for name, values in found.columns.items():
         values[target] = looked.fresh[name]
@@ -203,10 +206,7 @@ def together(
 def resolve_parts(looked: Looked, users: np.ndarray, before: np.ndarray) -> np.ndarray:
     """[B] how many rows of each user's parts are earlier than `before` [B]."""
     none = np.zeros(len(users), np.int64)
-    return read_rows(
-        looked.segments.fetch, looked.layout, looked.stream, users, looked.places, looked.sizes,
-        looked.rows, before, none, none, 0,
-    ).reached  # fmt: skip
+    return looked.read(users, looked.rows, before, none, none, 0).reached
 
 
 def resolve(looked: Looked, users: np.ndarray, before: np.ndarray) -> np.ndarray:
@@ -242,7 +242,7 @@ def flat_blocks(
     looked: Looked, users: np.ndarray, block_rows: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """See Vault.scan."""
-    ends = np.cumsum(looked.rows + np.diff(looked.starts))
+    ends = np.cumsum(looked.totals)
     first, done = 0, 0
     while first < len(users):
         last = max(first + 1, int(np.searchsorted(ends, done + block_rows, side="right")))

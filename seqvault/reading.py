@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from seqvault.errors import DamagedError, VaultError
-from seqvault.part import (
-    DAMAGED,
-    DONE,
-    FIRST,
-    NEED,
-    NEVER,
-    PREVIOUS,
-    PREVIOUS_BYTES,
-    REACHED,
-    RESULTS,
-    SHORT,
-    STATUS,
-    TAKEN,
-    TRAILER,
-    read_parts,
-)
+from seqvault.errors import DamagedError, MissingError, VaultError
+from seqvault.part import DAMAGED, FOUND, MISSING, NEVER, read_chains
 from seqvault.schema import TIME, Schema
 
-# fetch(users, places, sizes, wanted bytes) [k] -> (buf, ends, available): bytes before each part's
-# end, at least min(sizes, wanted); see part.read_parts.
-Fetch = Callable[
-    [np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]
-]
+
+class Source(Protocol):
+    """Where parts are: `fds` by segment number or, if there are none, the bytes `mapped`.
+
+    `segments.reads` counts positional reads.
+    """
+
+    mapped: np.ndarray
+    fds: np.ndarray
 
 
 class Layout:
@@ -100,7 +89,7 @@ class Found(NamedTuple):
 
 
 def read_rows(
-    fetch: Fetch,
+    source: Source,
     layout: Layout,
     stream: int,
     users: np.ndarray,
@@ -116,7 +105,7 @@ def read_rows(
     """The newest rows of each user's chain of parts, right-aligned in flat columns.
 
     Args:
-      fetch: brings the bytes of parts.
+      source: where the parts are.
       users, places, sizes: [B] whose newest part lies where; place -1: none.
       limits: [B] rows at positions below are seen.
       befores: [B] rows earlier are seen; None sees all.
@@ -126,50 +115,29 @@ def read_rows(
       follow: whether to go on to older parts.
     Raises:
       DamagedError: a part's bytes are not what was written.
+      MissingError: a segment is not there (any more).
     """
-    batch = len(users)
-    buffer, offsets, views = layout.zeros(cells)
-    taken, reached = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
-    firsts = np.full(batch, -1, np.int64)
-    befores = np.full(batch, NEVER) if befores is None else befores
-    rights = rights.copy()
-    settled = np.zeros(batch, bool)  # whether the newest row to be seen was met
-    places, sizes, wants = places.copy(), sizes.astype(np.int64), wants.copy()
-    hints = TRAILER + 8192 + wants * 16
-    active = np.flatnonzero(places >= 0)
-    damaged: list[int] = []
-    while len(active):
-        a = active
-        buf, part_ends, available = fetch(users[a], places[a], sizes[a], hints[a])
-        results = np.zeros((len(a), RESULTS), np.int64)
-        read_parts(
-            buf, part_ends, np.minimum(available, sizes[a]), users[a], stream, limits[a],
-            befores[a], wants[a], rights[a], layout.wanted, layout.sizes, offsets,
-            layout.defaults, buffer, results,
-        )  # fmt: skip
-        status = results[:, STATUS]
-        done = status == DONE
-        short = status == SHORT
-        if short.any():  # read more, unless that is only what a damaged trailer claims
-            need = results[:, NEED]
-            status[short & ((need > sizes[a]) | (need <= hints[a]))] = DAMAGED
-            hints[a] = np.maximum(hints[a], need)
-        damaged += users[a[status == DAMAGED]].tolist()
-        at, found = (a, results) if done.all() else (a[done], results[done])
-        count = found[:, TAKEN]
-        taken[at] += count
-        rights[at] -= count
-        wants[at] -= count
-        reached[at] = np.where(settled[at], reached[at], found[:, REACHED])
-        settled[at] |= found[:, REACHED] > found[:, FIRST]
-        firsts[at] = np.where(firsts[at] < 0, found[:, FIRST], firsts[at])
-        places[at], sizes[at] = found[:, PREVIOUS], found[:, PREVIOUS_BYTES]
-        more = (places[at] >= 0) & ((wants[at] > 0) | ~settled[at]) & follow
-        active = np.concatenate([a[status == SHORT], at[more]])
-    if damaged:
-        raise DamagedError(
-            f"the history of user {damaged[0]} is damaged"
-            + (f"; so are {len(damaged) - 1} more of the batch" if len(damaged) > 1 else ""),
-            tuple(damaged),
-        )
-    return Found(taken, reached, firsts, places, sizes, views)
+    buffer, offsets, columns = layout.zeros(cells)
+    found = np.zeros((len(users), FOUND), np.int64)
+    befores = np.full(len(users), NEVER) if befores is None else befores
+    read_chains(
+        source.mapped, source.fds, users, stream, places, sizes, limits, befores, wants, rights,
+        follow, layout.wanted, layout.sizes, offsets, layout.defaults, buffer, found,
+    )  # fmt: skip
+    status, taken, reached, first, previous, previous_bytes, reads = found.T
+    source.segments.reads += int(reads.sum())
+    if status.any():
+        check_status(status, users)
+    return Found(taken, reached, first, previous, previous_bytes, columns)
+
+
+def check_status(status: np.ndarray, users: np.ndarray) -> None:
+    """Raises what a read's status [B] calls for."""
+    if (status == MISSING).any():
+        raise MissingError("a segment is missing from the vault")
+    damaged = users[status == DAMAGED].tolist()
+    raise DamagedError(
+        f"the history of user {damaged[0]} is damaged"
+        + (f"; so are {len(damaged) - 1} more of the batch" if len(damaged) > 1 else ""),
+        tuple(damaged),
+    )

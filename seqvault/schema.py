@@ -113,9 +113,11 @@ class Schema:
 def check_values(name: str, values: np.ndarray, dtype: np.dtype) -> None:
     """Raises VaultError, with the first index, unless every value can be stored as `dtype`."""
     kinds = "biuf" if dtype.kind == "f" else "biu"
+    if not values.size:
+        return
     if values.dtype.kind not in kinds:
         raise VaultError(f"column {name!r} is {values.dtype}, the schema says {dtype}")
-    if not values.size or values.dtype == dtype and dtype.kind != "f":
+    if values.dtype == dtype and dtype.kind != "f":
         return
     if dtype.kind == "f":
         bad, why = ~np.isfinite(values), "is not finite"

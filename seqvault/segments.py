@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from seqvault.bits import SLACK
-from seqvault.errors import VaultError
-from seqvault.index import offset_of, segment_of
+from seqvault.errors import MissingError
 
 
 def segment_path(directory: Path, segment: int) -> Path:
@@ -23,7 +23,7 @@ class _Open:
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise VaultError(f"{path}: missing from the vault") from None
+            raise MissingError(f"{path}: missing from the vault") from None
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -35,36 +35,45 @@ class Segments:
 
     def __init__(self, directory: Path):
         self._directory = directory
-        self._open: dict[int, _Open] = {}
+        self._files: dict[int, _Open] = {}
+        self._fds = np.full(1, -1, np.int32)
         self.reads = 0
 
-    def file(self, segment: int) -> _Open:
-        """Raises VaultError if the file is missing."""
-        found = self._open.get(segment)
-        if found is None:
-            found = self._open[segment] = _Open(segment_path(self._directory, segment))
-        return found
+    def open(self, segments: Iterable[int]) -> None:
+        """Opens those of the segments that are not. Raises MissingError if a file is missing."""
+        if all(segment in self._files for segment in segments):
+            return
+        files = dict(self._files)
+        for segment in segments:
+            if segment not in files:
+                files[segment] = _Open(segment_path(self._directory, segment))
+        self._adopt(files)
 
     def forget(self, keep: set[int]) -> None:
         """Closes all but the segments `keep`, once nobody reads them."""
-        self._open = {s: file for s, file in self._open.items() if s in keep}
+        self._adopt({s: file for s, file in self._files.items() if s in keep})
 
-    def fetch(
-        self, users: np.ndarray, places: np.ndarray, sizes: np.ndarray, hints: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`reading.Fetch`: one pread per part, of its last `hints` bytes."""
-        del users
-        wanted = np.minimum(sizes, hints)
-        ends = np.cumsum(wanted)
-        buf = np.empty(int(ends[-1]) + SLACK, np.uint8)
-        view = memoryview(buf)
-        starts = (ends - wanted).tolist()
-        offsets = (offset_of(places) + sizes - wanted).tolist()
-        got = []
-        for segment, at, end, offset in zip(
-            segment_of(places).tolist(), starts, ends.tolist(), offsets, strict=True
-        ):
-            got.append(os.preadv(self.file(segment).fd, [view[at:end]], offset))
-        self.reads += len(got)
-        # A file that ends too early leaves unset bytes, which no checksum will pass.
-        return buf, ends, wanted
+    def _adopt(self, files: dict[int, _Open]) -> None:
+        fds = np.full(max(files, default=0) + 1, -1, np.int32)
+        for segment, file in files.items():
+            fds[segment] = file.fd
+        self._files, self._fds = files, fds  # replaced whole: readers hold on to what they have
+
+    def source(self) -> FileSource:
+        """What the compiled reads need of the files as they are open now."""
+        return FileSource(self, self._files, self._fds)
+
+
+class FileSource(NamedTuple):
+    """Open segments; as long as somebody holds it, they stay open."""
+
+    segments: Segments
+    files: dict[int, _Open]
+    fds: np.ndarray
+
+    @property
+    def mapped(self) -> np.ndarray:
+        return _NOTHING
+
+
+_NOTHING = np.zeros(0, np.uint8)

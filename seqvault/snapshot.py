@@ -19,7 +19,7 @@ from seqvault import querying
 from seqvault.bulk import user_runs
 from seqvault.errors import Damage, VaultError
 from seqvault.files import Files
-from seqvault.index import ENTRY, offset_of
+from seqvault.index import ENTRY
 from seqvault.manifest import BUILDING, read_manifest, write_manifest
 from seqvault.reading import Layout, read_rows
 from seqvault.schema import Schema, words_of
@@ -170,7 +170,7 @@ class Snapshot:
             index_size, index_crc = int(index["bytes"]), int(index["crc32"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise VaultError(f"{self.path}: the manifest lacks {error}") from None
-        self._bytes = _mapped(segment_path(self.path, 1), size)
+        self._source = _Mapped(_mapped(segment_path(self.path, 1), size))
         entries = _mapped(self.path / INDEX, index_size)
         if index_size != self.num_users * ENTRY.itemsize:
             raise VaultError(f"{self.path / INDEX}: {index_size} bytes for {self.num_users} users")
@@ -281,19 +281,13 @@ class Snapshot:
         if names not in self._layouts:
             self._layouts[names] = Layout([self.schema], names)
         entries = self._entries[numbers]
+        users, places, sizes = (
+            entries[field].astype(np.int64) for field in ("user", "place", "bytes")
+        )
         return read_rows(
-            self._fetch, self._layouts[names], 0, entries["user"], entries["place"],
-            entries["bytes"], limits, before, wants, rights, cells,
+            self._source, self._layouts[names], 0, users, places, sizes, limits, before, wants,
+            rights, cells,
         )  # fmt: skip
-
-    def _fetch(
-        self, users: np.ndarray, places: np.ndarray, sizes: np.ndarray, hints: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`reading.Fetch`: everything is mapped."""
-        del users, hints
-        ends = offset_of(places) + sizes
-        outside = (ends > len(self._bytes)) | (places < 0)
-        return self._bytes, np.where(outside, 0, ends), np.where(outside, 0, sizes)
 
     def _rows(self, users: np.ndarray) -> np.ndarray:
         users = np.asarray(users)
@@ -307,6 +301,17 @@ class Snapshot:
                 f"{self.num_users - 1}"
             )
         return users
+
+
+class _Mapped:
+    """`reading.Source` of one mapped segment, which a snapshot numbers 1 and finds by offset."""
+
+    fds = np.zeros(0, np.int32)
+
+    def __init__(self, mapped: np.ndarray):
+        self.mapped = mapped
+        self.segments = self
+        self.reads = 0  # none that anybody counts
 
 
 def _mapped(path: Path, size: int) -> np.ndarray:

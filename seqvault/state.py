@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from seqvault import log
-from seqvault.errors import Damage, VaultError
+from seqvault.errors import Damage, MissingError, VaultError
 from seqvault.index import ENTRY, Index, place_of
 from seqvault.manifest import read_manifest
 from seqvault.part import CHUNK, HEAD_MAGIC, NO_PLACE, PREFIX, TAIL_MAGIC, TRAILER
@@ -90,6 +90,18 @@ class State:
         self.log_end = 0
         self._log_fd = os.open(self.log_path, os.O_RDONLY | os.O_CLOEXEC)
         self.replay()
+        self.open_segments()
+
+    def open_segments(self) -> None:
+        """Opens every segment that holds parts; names one that is missing."""
+        for segment, size in self.committed.items():
+            try:
+                if size:
+                    self.segments.open([segment])
+            except MissingError:
+                damage = Damage(segment_path(self.directory, segment).name, 0, "missing")
+                if damage not in self.damages:
+                    self.damages.append(damage)
 
     def stream(self, name: str) -> int:
         """Raises VaultError if there is no such stream."""
@@ -118,6 +130,8 @@ class State:
         self.damages += damages
         for record in records:
             self._apply(record, self.log_path.name)
+        if any(record.kind == log.MERGE for record in records):
+            self.open_segments()
 
     def switch_log(self, manifest: dict) -> bool:
         """Goes on with a newer checkpoint's log if this state has all that came before it."""
@@ -139,7 +153,9 @@ class State:
         return True
 
     def close(self) -> None:
-        os.close(self._log_fd)
+        if self._log_fd is not None:
+            os.close(self._log_fd)
+            self._log_fd = None
         self.segments.forget(set())
 
     def _apply(self, record: log.Record, name: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from seqvault import log, merging, querying
-from seqvault.errors import Damage, VaultError
+from seqvault.errors import Damage, MissingError, VaultError
 from seqvault.files import File, Files, kill_point
 from seqvault.manifest import MANIFEST, read_manifest, write_manifest
 from seqvault.schema import TIME, Schema, check_values
@@ -360,7 +360,7 @@ class Vault:
                 manifest, _ = read_manifest(self.path)
                 if not self._state.switch_log(manifest):
                     old, self._state = self._state, State(self.path)
-                    os.close(old._log_fd)
+                    old.close()
                 break
             except (VaultError, FileNotFoundError):
                 newer = _stamp(self.path)
@@ -412,18 +412,27 @@ class Vault:
         return querying.merged_by_time(found, n)
 
     def _last_n(self, users, n, before, end, names, stream):
-        with self._mutex:
-            self.refresh()
-            fresh = querying.look_up(self._state, self._state.stream(stream), users, names)
-        return querying.last_n(fresh, users, n, before, end)
+        return self._asked(stream, users, names, querying.last_n, n, before, end)
+
+    def _asked(self, stream, users, names, question, *arguments):
+        """question(what the state holds of the users, users, ...), read without the lock."""
+        while True:
+            with self._mutex:
+                self.refresh()
+                state = self._state
+                looked = querying.look_up(state, state.stream(stream), users, names)
+            try:
+                return question(looked, users, *arguments)
+            except MissingError:  # reclaimed meanwhile, if the state is a newer one
+                with self._mutex:
+                    self.refresh()
+                    if self._state is state:
+                        raise
 
     def lengths(self, users: np.ndarray, *, stream: str = DEFAULT) -> np.ndarray:
         """How many behaviours each of `users` [B] has in the stream: [B] int64."""
         users = user_ids(users)
-        with self._mutex:
-            self.refresh()
-            found = querying.look_up(self._state, self._state.stream(stream), users, ())
-        return found.rows + np.diff(found.starts)
+        return self._asked(stream, users, (), lambda looked, _: looked.totals)
 
     def resolve(
         self, users: np.ndarray, before_time: np.ndarray, *, stream: str = DEFAULT
@@ -437,10 +446,7 @@ class Vault:
           [B] int64 in 0 .. length.
         """
         users = user_ids(users)
-        with self._mutex:
-            self.refresh()
-            found = querying.look_up(self._state, self._state.stream(stream), users, ())
-        return querying.resolve(found, users, before_time)
+        return self._asked(stream, users, (), querying.resolve, before_time)
 
     def users(self, *, stream: str = DEFAULT) -> np.ndarray:
         """Every user of a stream: sorted int64."""
@@ -468,10 +474,8 @@ class Vault:
         step = 4096
         for start in range(0, len(users), step):
             group = users[start : start + step]
-            with self._mutex:
-                self.refresh()
-                found = querying.look_up(self._state, self._state.stream(stream), group, names)
-            yield from querying.flat_blocks(found, group, block_rows)
+            blocks = self._asked(stream, group, names, querying.flat_blocks, block_rows)
+            yield from blocks
 
     # --- looking after it
 
