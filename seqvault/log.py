@@ -33,6 +33,7 @@ _HEADER = struct.Struct("<4sBBHIIII")
 _BODY = struct.Struct("<HHI")
 _COMMIT = struct.Struct("<HHIQQ")
 MAX_PAYLOAD = 1 << 30
+MAX_RATIO = 100  # a record that claims to unpack to more is refused: it could ask for any memory
 
 
 class Record(NamedTuple):
@@ -49,7 +50,7 @@ def frame(kind: int, payload: bytes) -> bytes:
     flags, unpacked = 0, len(payload)
     if unpacked >= _PACK_FROM:
         packed = zstandard.compress(payload, 1)
-        if len(packed) < unpacked:
+        if len(packed) < unpacked <= MAX_RATIO * len(packed):
             flags, payload = _ZSTD, packed
     head = _HEADER.pack(MAGIC, kind, flags, 0, len(payload), unpacked, zlib.crc32(payload), 0)
     return head[:-4] + struct.pack("<I", zlib.crc32(head[:-4])) + payload
@@ -116,7 +117,7 @@ def _next_header(data: bytes, at: int) -> int:
 def _payload(record: bytes) -> tuple[int, bytes | None]:
     _, kind, flags, _, _, unpacked, crc, _ = _HEADER.unpack_from(record)
     payload = record[_HEADER.size :]
-    if zlib.crc32(payload) != crc or unpacked > MAX_PAYLOAD:
+    if zlib.crc32(payload) != crc or unpacked > MAX_RATIO * max(len(payload), 1):
         return kind, None
     if flags & _ZSTD:
         try:

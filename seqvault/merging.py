@@ -130,9 +130,8 @@ def reclaim(vault: Vault, budget: int | None, dead: float) -> int:
     state, parts = vault._state, vault._parts
     before = parts.written
     emptied: set[int] = set()
-    for segment, size in sorted(state.committed.items()):
-        if segment == parts.segment or not size:
-            continue
+    closed = {s: b for s, b in state.committed.items() if b and s != parts.segment}
+    for segment, size in sorted(closed.items()):
         owners: dict[int, list[tuple[int, int, int]]] = {}
         for info in walk(segment_path(vault.path, segment), size, []):
             owners.setdefault(info.stream, []).append((info.user, info.offset, info.bytes))

@@ -73,15 +73,15 @@ class State:
             raise VaultError(f"{directory}: a {self.manifest.get('kind')}, not a live vault")
         try:
             schemas = [Schema.from_json(s) for s in self.manifest["schemas"]]
+            self.schema = schemas[-1]
             self.names = tuple(map(str, self.manifest["streams"]))
             self.committed = {int(s): int(b) for s, b in self.manifest["segments"].items()}
             self.block_rows = int(self.manifest["block_rows"])
             self.log_path = _inside(directory, self.manifest["log"])
             index, carry = self.manifest["index"], self.manifest["carry"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise VaultError(f"{directory}: the manifest lacks {error}") from None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise VaultError(f"{directory}: not the manifest of a vault ({error!r})") from None
         self.schemas = {s.version: s for s in schemas}
-        self.schema = schemas[-1]
         self.segments = Segments(directory)
         self._layouts: dict[tuple[str, ...] | None, Layout] = {}
         self.streams = self._load_index(index)
