@@ -24,6 +24,8 @@ class _Open:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise MissingError(f"{path}: missing from the vault") from None
+        if hasattr(os, "posix_fadvise"):  # a lookup wants one part, and no read-ahead behind it
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
