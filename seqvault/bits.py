@@ -1,8 +1,7 @@
 """Compiled bit packing and checksums on byte buffers.
 
-Buffers are uint8 arrays; integers are packed little-endian, least significant bit first. Readers
-may load up to 8 bytes beyond the bits they want: every buffer carries `SLACK` bytes behind its
-last packed value (in a part, the trailer does).
+Buffers are uint8 arrays. Readers may load up to 8 bytes beyond what they want: every buffer
+carries `SLACK` bytes behind its last packed value (in a part, the trailer does).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 SLACK = 16
+LANES = 8
 _P1 = np.uint64(0x9E3779B185EBCA87)
 _P2 = np.uint64(0xC2B2AE3D27D4EB4F)
 _P3 = np.uint64(0x165667B19E3779F9)
@@ -144,45 +144,61 @@ def width_of(value):
 
 @njit(cache=True, nogil=True, inline="always")
 def packed_bytes(count, width):
-    return (count * width + 7) >> 3
+    """Bytes of `count` packed values of `width` bits."""
+    groups = (count + LANES - 1) // LANES
+    low, high = min(width, 32), max(width - 32, 0)
+    return 4 * LANES * (((groups * low + 31) >> 5) + ((groups * high + 31) >> 5))
+
+
+@njit(cache=True, nogil=True)
+def _pack_plane(buf, at, values, shift, width):
+    """Packs `width` <= 32 bits, from bit `shift` on, of each value; the end."""
+    groups = (len(values) + LANES - 1) // LANES
+    words = (groups * width + 31) >> 5
+    mask = (_U(1) << _U(width)) - _U(1)
+    buf[at : at + 4 * LANES * words] = 0
+    for i in range(len(values)):
+        bit = (i // LANES) * width
+        code = ((values[i] >> _U(shift)) & mask) << _U(bit & 31)
+        where = at + 4 * (LANES * (bit >> 5) + i % LANES)
+        store(buf, where, _U(load32(buf, where)) | (code & _U(0xFFFFFFFF)), 4)
+        if (bit & 31) + width > 32:
+            store(buf, where + 4 * LANES, code >> _U(32), 4)
+    return at + 4 * LANES * words
 
 
 @njit(cache=True, nogil=True)
 def pack(buf, at, values, shift, width):
-    """Packs `width` bits, from bit `shift` on, of each of `values` (uint64); the end."""
-    have, held = 0, _U(0)
-    mask = ~_U(0) if width == 64 else (_U(1) << _U(width)) - _U(1)
-    if not width:
-        return at
-    for value in values:
-        code = (value >> _U(shift)) & mask
-        held |= code << _U(have)
-        if have + width >= 64:
-            store(buf, at, held, 8)
-            at += 8
-            taken = 64 - have
-            held = code >> _U(taken) if taken < 64 else _U(0)
-            have = have + width - 64
-        else:
-            have += width
-    while have > 0:
-        buf[at] = np.uint8(held & _U(255))
-        held >>= _U(8)
-        have -= 8
-        at += 1
+    """Packs `width` bits, from bit `shift` on, of each of `values` (uint64); the end.
+
+    Eight lanes of 32-bit words side by side, value i in lane i mod 8: eight neighbours are shifted
+    alike, which is what vector units do. Bits above 32 follow in a plane of their own.
+    """
+    if width:
+        at = _pack_plane(buf, at, values, shift, min(width, 32))
+    if width > 32:
+        at = _pack_plane(buf, at, values, shift + 32, width - 32)
     return at
 
 
-@njit(cache=True, nogil=True, inline="always")
-def unpack(buf, at, index, width):
-    """The `index`-th of the `width`-bit values packed at `at`, as uint64."""
+@njit(cache=True, nogil=True)
+def unpack(buf, at, count, width, out):
+    """Fills out[:count] (uint32, a multiple of LANES long) with values of `width` <= 32 bits."""
+    groups = (count + LANES - 1) // LANES
     if width == 0:
-        return _U(0)
-    bit = index * width
-    byte, shift = at + (bit >> 3), bit & 7
-    value = load64(buf, byte) >> _U(shift)
-    if shift + width > 64:
-        value |= _U(buf[byte + 8]) << _U(64 - shift)
-    if width < 64:
-        value &= (_U(1) << _U(width)) - _U(1)
-    return value
+        out[: groups * LANES] = 0
+        return
+    mask = np.uint32((1 << width) - 1)
+    for group in range(groups):
+        bit = group * width
+        shift, where = np.uint32(bit & 31), at + 4 * LANES * (bit >> 5)
+        eight = out[group * LANES : (group + 1) * LANES]
+        if shift + width > 32:
+            left = np.uint32(32 - shift)
+            for lane in range(LANES):
+                low = np.uint32(_load32(buf, where + 4 * lane)) >> shift
+                high = np.uint32(_load32(buf, where + 4 * LANES + 4 * lane)) << left
+                eight[lane] = (low | high) & mask
+        else:
+            for lane in range(LANES):
+                eight[lane] = (np.uint32(_load32(buf, where + 4 * lane)) >> shift) & mask

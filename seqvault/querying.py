@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from seqvault.errors import VaultError
-from seqvault.reading import Found, Layout, read_rows
+from seqvault.reading import Found, Layout, read_last_n, read_rows
 from seqvault.schema import TIME
 from seqvault.segments import FileSource
 from seqvault.state import State
@@ -91,23 +91,22 @@ def last_n(
     end: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """See Vault.last_n."""
-    batch = len(users)
     totals = looked.totals
     if before is not None:
-        before = np.broadcast_to(np.asarray(before), users.shape).astype(np.int64)
-        limits = looked.rows
+        before = times_of(before, users)
     elif end is not None:
         end = checked_ends(users, totals, end)
-        limits = np.minimum(looked.rows, end)
-    else:
-        end = totals
-        limits = looked.rows
-    cells = np.arange(batch) * n
     if looked.starts is None:
-        found = looked.read(users, limits, before, np.full(batch, n), cells + n, batch * n)
-        out = {name: values.reshape(batch, n) for name, values in found.columns.items()}
-        out["mask"] = np.arange(n) >= n - found.taken[:, None]
-        return out
+        return read_last_n(
+            looked.source, looked.layout, looked.stream, users, looked.places, looked.sizes,
+            looked.rows, n, before, end,
+        )  # fmt: skip
+    batch = len(users)
+    limits = looked.rows
+    if before is None:
+        end = totals if end is None else end
+        limits = np.minimum(looked.rows, end)
+    cells = np.arange(batch) * n
     if before is not None:
         seen_fresh = _fresh_before(looked, before)
     else:
@@ -211,8 +210,16 @@ def resolve_parts(looked: Looked, users: np.ndarray, before: np.ndarray) -> np.n
 
 def resolve(looked: Looked, users: np.ndarray, before: np.ndarray) -> np.ndarray:
     """See Vault.resolve."""
-    before = np.broadcast_to(np.asarray(before), users.shape).astype(np.int64)
+    before = times_of(before, users)
     return resolve_parts(looked, users, before) + _fresh_before(looked, before)
+
+
+def times_of(before: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """`before` as [B] int64."""
+    before = np.asarray(before)
+    if before.shape != users.shape:
+        before = np.broadcast_to(before, users.shape)
+    return before.astype(np.int64)
 
 
 def checked_ends(users: np.ndarray, totals: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -7,9 +7,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from seqvault.chains import FOUND, read_chains, read_last
 from seqvault.errors import DamagedError, MissingError, VaultError
-from seqvault.part import DAMAGED, FOUND, MISSING, NEVER, read_chains
+from seqvault.part import NEVER
 from seqvault.schema import TIME, Schema
+from seqvault.unpacking import DAMAGED, MISSING
+
+_NO_CUT = np.zeros(0, np.int64)
 
 
 class Source(Protocol):
@@ -38,6 +42,8 @@ class Layout:
             raise VaultError(f"no column {unknown}; the store has {list(schema.columns)}")
         self.names = {n: stored[n] for n in dict.fromkeys([TIME, *names])}
         self.sizes = np.array([d.itemsize for d in self.names.values()], np.int64)
+        self._items = tuple(self.names.items())
+        self._widths = np.append(self.sizes, 1)
         order = {name: j for j, name in enumerate(self.names)}
         columns = max(len(s.stored) for s in schemas)
         self.wanted = np.full((len(schemas), columns), -1, np.int64)
@@ -48,17 +54,22 @@ class Layout:
             [_bits(schema.defaults.get(n, 0), d) for n, d in self.names.items()], np.int64
         )
 
-    def zeros(self, cells: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """(buffer, offsets [J], {column: its [cells] view of the buffer}), all zero."""
-        lengths = (cells * self.sizes + 7) // 8 * 8
-        ends = lengths.cumsum()
-        offsets = ends - lengths
-        buffer = np.zeros(int(ends[-1]), np.uint8)
-        views = {
-            name: buffer[offset : offset + cells * dtype.itemsize].view(dtype)
-            for (name, dtype), offset in zip(self.names.items(), offsets.tolist(), strict=True)
+    def zeros(self, cells: int) -> tuple[np.ndarray, np.ndarray]:
+        """(buffer, offsets [J + 1]): room for [cells] values of every column, all 0, and a mask."""
+        lengths = (cells * self._widths + 7) // 8 * 8
+        offsets = lengths.cumsum()
+        size = int(offsets[-1])
+        offsets -= lengths
+        return np.zeros(size, np.uint8), offsets
+
+    def views(
+        self, buffer: np.ndarray, offsets: np.ndarray, shape: tuple[int, ...]
+    ) -> dict[str, np.ndarray]:
+        """The columns of the buffer in that shape."""
+        return {
+            name: np.ndarray(shape, dtype, buffer, offset)
+            for (name, dtype), offset in zip(self._items, offsets.tolist(), strict=False)
         }
-        return buffer, offsets, views
 
 
 def _bits(value: float, dtype: np.dtype) -> int:
@@ -117,7 +128,7 @@ def read_rows(
       DamagedError: a part's bytes are not what was written.
       MissingError: a segment is not there (any more).
     """
-    buffer, offsets, columns = layout.zeros(cells)
+    buffer, offsets = layout.zeros(cells)
     found = np.zeros((len(users), FOUND), np.int64)
     befores = np.full(len(users), NEVER) if befores is None else befores
     read_chains(
@@ -128,7 +139,44 @@ def read_rows(
     source.segments.reads += int(reads.sum())
     if status.any():
         check_status(status, users)
+    columns = layout.views(buffer, offsets, (cells,))
     return Found(taken, reached, first, previous, previous_bytes, columns)
+
+
+def read_last_n(
+    source: Source,
+    layout: Layout,
+    stream: int,
+    users: np.ndarray,
+    places: np.ndarray,
+    sizes: np.ndarray,
+    rows: np.ndarray,
+    n: int,
+    before: np.ndarray | None,
+    end: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """The last `n` rows of each user's parts: {column: [B, n], "mask": [B, n]}.
+
+    Args:
+      users, places, sizes, rows: [B] whose newest part lies where, and rows in all parts.
+      before, end: [B] times or positions up to which rows are seen; one of them or neither.
+    Raises:
+      As `read_rows`.
+    """
+    shape = len(users), n
+    buffer, offsets = layout.zeros(len(users) * n)
+    found = np.zeros((len(users), FOUND), np.int64)
+    cut = before if before is not None else end if end is not None else _NO_CUT
+    failed, reads = read_last(
+        source.mapped, source.fds, users, stream, places, sizes, rows, n, cut,
+        before is not None, layout.wanted, layout.sizes, offsets, layout.defaults, buffer, found,
+    )  # fmt: skip
+    source.segments.reads += reads
+    if failed:
+        check_status(found[:, 0], users)
+    out = layout.views(buffer, offsets, shape)
+    out["mask"] = np.ndarray(shape, bool, buffer, int(offsets[-1]))
+    return out
 
 
 def check_status(status: np.ndarray, users: np.ndarray) -> None:

@@ -21,7 +21,7 @@ from seqvault.errors import Damage, VaultError
 from seqvault.files import Files
 from seqvault.index import ENTRY
 from seqvault.manifest import BUILDING, read_manifest, write_manifest
-from seqvault.reading import Layout, read_rows
+from seqvault.reading import Layout, read_last_n, read_rows
 from seqvault.schema import Schema, words_of
 from seqvault.segments import segment_path
 from seqvault.writing import PartWriter
@@ -205,7 +205,7 @@ class Snapshot:
           [B] int64 in 0 .. length.
         """
         numbers = self._rows(users)
-        before = np.broadcast_to(np.asarray(before_time), numbers.shape).astype(np.int64)
+        before = querying.times_of(before_time, numbers)
         none = np.zeros(len(numbers), np.int64)
         lengths = self._entries["rows"][numbers].astype(np.int64)
         return self._read(numbers, (), lengths, before, none, none, 0).reached
@@ -239,17 +239,14 @@ class Snapshot:
             raise VaultError(f"n is {n}; it must not be negative")
         numbers = self._rows(users)
         limits = self._entries["rows"][numbers].astype(np.int64)
-        batch = len(numbers)
         if before is not None:
-            before = np.broadcast_to(np.asarray(before), numbers.shape).astype(np.int64)
+            before = querying.times_of(before, numbers)
         elif end is not None:
-            limits = querying.checked_ends(numbers, limits, end)
-        found = self._read(
-            numbers, names, limits, before, np.full(batch, n), (np.arange(batch) + 1) * n, batch * n
+            end = querying.checked_ends(numbers, limits, end)
+        users, places, sizes = self._parts(numbers)
+        return read_last_n(
+            self._source, self._layout(names), 0, users, places, sizes, limits, n, before, end
         )
-        out = {name: values.reshape(batch, n) for name, values in found.columns.items()}
-        out["mask"] = np.arange(n) >= n - found.taken[:, None]
-        return out
 
     def scan(
         self, *, columns: Iterable[str] | None = None, block_rows: int = 1 << 18
@@ -277,15 +274,20 @@ class Snapshot:
 
         return verify(self.path)
 
-    def _read(self, numbers, names, limits, before, wants, rights, cells):
+    def _layout(self, names: tuple[str, ...] | None) -> Layout:
         if names not in self._layouts:
             self._layouts[names] = Layout([self.schema], names)
+        return self._layouts[names]
+
+    def _parts(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """User id, place and bytes of the rows' parts: each [B] int64."""
         entries = self._entries[numbers]
-        users, places, sizes = (
-            entries[field].astype(np.int64) for field in ("user", "place", "bytes")
-        )
+        return [entries[field].astype(np.int64) for field in ("user", "place", "bytes")]
+
+    def _read(self, numbers, names, limits, before, wants, rights, cells):
+        users, places, sizes = self._parts(numbers)
         return read_rows(
-            self._source, self._layouts[names], 0, users, places, sizes, limits, before, wants,
+            self._source, self._layout(names), 0, users, places, sizes, limits, before, wants,
             rights, cells,
         )  # fmt: skip
 

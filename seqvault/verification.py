@@ -12,9 +12,10 @@ from seqvault import log
 from seqvault.bits import SLACK
 from seqvault.errors import Damage
 from seqvault.manifest import check_copies, read_manifest
-from seqvault.part import PREFIX, check_part
+from seqvault.part import PREFIX
 from seqvault.segments import segment_path
 from seqvault.state import State, walk
+from seqvault.unpacking import check_part
 
 
 def verify(path: Path) -> list[Damage]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import seqvault
-from seqvault import bits, part
+from seqvault import bits, chains, part, unpacking
 from seqvault.index import ENTRY, Index
 from seqvault.reading import Layout
 
@@ -18,10 +18,16 @@ DTYPES = {"a": np.int64, "b": np.uint8, "c": np.float64, "d": np.int16, "e": np.
 SCHEMA = seqvault.Schema(DTYPES)
 
 
-def test_part_follows_bits():
-    """Numba's cache of part.py does not see a change of bits.py, so part.py names its content."""
-    source = Path(bits.__file__).read_bytes()
-    assert hashlib.sha256(source).hexdigest()[:16] == part.BITS, "set part.BITS"
+def test_compiled_files_name_what_they_inline():
+    """Numba's cache of a file does not see changes of the files that it inlines."""
+    for dependent, files in (
+        (part, [bits]),
+        (unpacking, [bits, part]),
+        (chains, [bits, part, unpacking]),
+    ):
+        source = b"".join(Path(f.__file__).read_bytes() for f in files)
+        digest = hashlib.sha256(source).hexdigest()[:16]
+        assert dependent.INLINES == digest, f"set INLINES of {dependent.__name__} to {digest}"
 
 
 def test_checksum_is_that_of_zstd_frames():
@@ -39,12 +45,20 @@ def test_packed_bits(width, count, seed):
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 2**64, count, np.uint64)
     kept = values & np.uint64((1 << width) - 1)
-    buf = np.zeros(8 * count + bits.SLACK, np.uint8)
+    buf = np.zeros(8 * count + 64 + bits.SLACK, np.uint8)
     end = bits.pack(buf, 1, values, 0, width)
-    assert end == 1 + (count * width + 7) // 8
-    whole = int.from_bytes(buf[1:end].tobytes(), "little")
-    assert [(whole >> (i * width)) % (1 << width) for i in range(count)] == kept.tolist()
-    assert [int(bits.unpack(buf, 1, i, width)) for i in range(count)] == kept.tolist()
+    assert end == 1 + bits.packed_bytes(count, width)
+    assert end - 1 <= 8 * -(-count // 8) * width / 8 + 64
+    if width <= 32:
+        out = np.full(304, 9, np.uint32)
+        bits.unpack(buf, 1, count, width, out)
+        assert out[:count].tolist() == kept.tolist()
+        # lane by lane, as Python integers
+        for lane in range(min(8, count)):
+            mine = kept[lane::8].tolist()
+            whole = sum(value << (i * width) for i, value in enumerate(mine))
+            words = buf[1:end].view("<u4")[lane::8].tolist() if width else []
+            assert sum(word << (32 * i) for i, word in enumerate(words)) == whole
 
 
 def columns(rng, rows):
@@ -74,10 +88,11 @@ def encoded(values, schema=SCHEMA, user=7):
 
 def read(buf, end, limit, before, want, n, available=None, user=7, layout=None):
     layout = layout or Layout([SCHEMA], None)
-    out, offsets, views = layout.zeros(n)
-    results = np.zeros((1, part.RESULTS), np.int64)
+    out, offsets = layout.zeros(n)
+    views = layout.views(out, offsets, (n,))
+    results = np.zeros((1, unpacking.RESULTS), np.int64)
     one = lambda value: np.array([value], np.int64)  # noqa: E731
-    part.read_parts(
+    chains.read_parts(
         buf, one(end), one(end if available is None else available), one(user), 0, one(limit),
         one(before), one(want), one(n), layout.wanted, layout.sizes, offsets, layout.defaults,
         out, results,
@@ -91,7 +106,7 @@ def test_a_part_gives_back_what_it_packs(seed, rows):
     rng = np.random.default_rng(seed)
     values = columns(rng, rows)
     buf, end = encoded(values)
-    assert part.check_part(buf, end) == -1
+    assert unpacking.check_part(buf, end) == -1
     for _ in range(8):
         limit = 5 + int(rng.integers(-6, rows + 2))
         before = int(rng.choice(values["time"])) if rng.random() < 0.5 else part.NEVER
@@ -99,9 +114,9 @@ def test_a_part_gives_back_what_it_packs(seed, rows):
         high = min(rows, limit - 5, int(np.searchsorted(values["time"], before)))
         taken = min(max(high, 0), want)
         result, views = read(buf, end, limit, before, want, want)
-        assert result[part.STATUS] == part.DONE
-        assert result[part.TAKEN] == taken
-        assert result[part.REACHED] == 5 + max(high, 0) and result[part.FIRST] == 5
+        assert result[unpacking.STATUS] == unpacking.DONE
+        assert result[unpacking.TAKEN] == taken
+        assert result[unpacking.REACHED] == 5 + max(high, 0) and result[unpacking.FIRST] == 5
         for name, expected in values.items():
             assert views[name].dtype == expected.dtype
             assert (
@@ -118,11 +133,14 @@ def test_a_read_with_too_few_bytes_says_how_many_it_needs():
         available = 10
         for _ in range(5):
             result, views = read(buf, end, 10**6, before, want, want, available)
-            if result[part.STATUS] == part.DONE:
+            if result[unpacking.STATUS] == unpacking.DONE:
                 break
-            assert result[part.STATUS] == part.SHORT and available < result[part.NEED] <= end
-            available = int(result[part.NEED])
-        assert result[part.TAKEN] == want and available < end
+            assert (
+                result[unpacking.STATUS] == unpacking.SHORT
+                and available < result[unpacking.NEED] <= end
+            )
+            available = int(result[unpacking.NEED])
+        assert result[unpacking.TAKEN] == want and available < end
         high = np.searchsorted(values["time"], before)
         assert (views["a"] == values["a"][high - want : high]).all()
 
@@ -133,9 +151,9 @@ def test_every_flipped_bit_of_a_part_is_found():
     for at in range(end):
         for bit in range(8):
             buf[at] ^= 1 << bit
-            assert part.check_part(buf, end) >= 0, (at, bit)
+            assert unpacking.check_part(buf, end) >= 0, (at, bit)
             buf[at] ^= 1 << bit
-    assert part.check_part(buf, end) == -1
+    assert unpacking.check_part(buf, end) == -1
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -157,7 +175,7 @@ def test_a_hostile_part_is_refused_or_read_within_its_bytes(seed):
     bits.store(buf, end - 8, bits.checksum(buf, end - footer, end - 8), 4)
     guarded = np.concatenate([buf[:end], np.zeros(bits.SLACK, np.uint8)])
     result, _ = read(guarded, end, 10**6, part.NEVER, 300, 300)
-    assert result[part.STATUS] in (part.DONE, part.SHORT, part.DAMAGED)
+    assert result[unpacking.STATUS] in (unpacking.DONE, unpacking.SHORT, unpacking.DAMAGED)
 
 
 def test_entries_of_skewed_columns_cost_less_than_their_widest_value():
