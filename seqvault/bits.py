@@ -192,13 +192,14 @@ def unpack(buf, at, count, width, out):
     for group in range(groups):
         bit = group * width
         shift, where = np.uint32(bit & 31), at + 4 * LANES * (bit >> 5)
-        eight = out[group * LANES : (group + 1) * LANES]
+        first = group * LANES  # unsigned below: a signed index would be tested for being negative
         if shift + width > 32:
             left = np.uint32(32 - shift)
             for lane in range(LANES):
                 low = np.uint32(_load32(buf, where + 4 * lane)) >> shift
                 high = np.uint32(_load32(buf, where + 4 * LANES + 4 * lane)) << left
-                eight[lane] = (low | high) & mask
+                out[_U(first + lane)] = (low | high) & mask
         else:
             for lane in range(LANES):
-                eight[lane] = (np.uint32(_load32(buf, where + 4 * lane)) >> shift) & mask
+                low = np.uint32(_load32(buf, where + 4 * lane)) >> shift
+                out[_U(first + lane)] = low & mask

@@ -42,7 +42,7 @@ PATCH_PENALTY = 8  # bits that a patch must save beyond its own: each costs a re
 FOR, DELTA, DICT = 0, 1, 2
 # A hash of the compiled files that Numba inlines here: its cache of this file does not see them
 # change. tests/seqvault/test_part.py says what it must be.
-INLINES = "eda09efdcc3bd672"
+INLINES = "e581a9cdb7ccffda"
 NEVER = np.iinfo(np.int64).max  # a `before` later than every time
 
 OFFSET_BITS = 40  # a place is segment << OFFSET_BITS | offset

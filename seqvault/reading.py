@@ -43,7 +43,7 @@ class Layout:
         self.names = {n: stored[n] for n in dict.fromkeys([TIME, *names])}
         self.sizes = np.array([d.itemsize for d in self.names.values()], np.int64)
         self._items = tuple(self.names.items())
-        self._widths = np.append(self.sizes, 1)
+        self._offsets: dict[int, tuple[int, np.ndarray, list[int]]] = {}
         order = {name: j for j, name in enumerate(self.names)}
         columns = max(len(s.stored) for s in schemas)
         self.wanted = np.full((len(schemas), columns), -1, np.int64)
@@ -54,21 +54,30 @@ class Layout:
             [_bits(schema.defaults.get(n, 0), d) for n, d in self.names.items()], np.int64
         )
 
-    def zeros(self, cells: int) -> tuple[np.ndarray, np.ndarray]:
-        """(buffer, offsets [J + 1]): room for [cells] values of every column, all 0, and a mask."""
-        lengths = (cells * self._widths + 7) // 8 * 8
-        offsets = lengths.cumsum()
-        size = int(offsets[-1])
-        offsets -= lengths
-        return np.zeros(size, np.uint8), offsets
+    def zeros(self, cells: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Room for [cells] values of every column, all 0, and a mask.
+
+        Returns:
+          (buffer, offsets [J + 1] of the columns and the mask, the same as a list).
+        """
+        known = self._offsets.get(cells)
+        if known is None:
+            lengths = (cells * np.append(self.sizes, 1) + 7) // 8 * 8
+            ends = lengths.cumsum()
+            known = int(ends[-1]), ends - lengths, (ends - lengths).tolist()
+            if len(self._offsets) > 64:
+                self._offsets.clear()
+            self._offsets[cells] = known
+        size, offsets, listed = known
+        return np.zeros(size, np.uint8), offsets, listed
 
     def views(
-        self, buffer: np.ndarray, offsets: np.ndarray, shape: tuple[int, ...]
+        self, buffer: np.ndarray, offsets: list[int], shape: tuple[int, ...]
     ) -> dict[str, np.ndarray]:
         """The columns of the buffer in that shape."""
         return {
             name: np.ndarray(shape, dtype, buffer, offset)
-            for (name, dtype), offset in zip(self._items, offsets.tolist(), strict=False)
+            for (name, dtype), offset in zip(self._items, offsets, strict=False)
         }
 
 
@@ -128,7 +137,7 @@ def read_rows(
       DamagedError: a part's bytes are not what was written.
       MissingError: a segment is not there (any more).
     """
-    buffer, offsets = layout.zeros(cells)
+    buffer, offsets, listed = layout.zeros(cells)
     found = np.zeros((len(users), FOUND), np.int64)
     befores = np.full(len(users), NEVER) if befores is None else befores
     read_chains(
@@ -139,7 +148,7 @@ def read_rows(
     source.segments.reads += int(reads.sum())
     if status.any():
         check_status(status, users)
-    columns = layout.views(buffer, offsets, (cells,))
+    columns = layout.views(buffer, listed, (cells,))
     return Found(taken, reached, first, previous, previous_bytes, columns)
 
 
@@ -164,7 +173,7 @@ def read_last_n(
       As `read_rows`.
     """
     shape = len(users), n
-    buffer, offsets = layout.zeros(len(users) * n)
+    buffer, offsets, listed = layout.zeros(len(users) * n)
     found = np.zeros((len(users), FOUND), np.int64)
     cut = before if before is not None else end if end is not None else _NO_CUT
     failed, reads = read_last(
@@ -174,8 +183,8 @@ def read_last_n(
     source.segments.reads += reads
     if failed:
         check_status(found[:, 0], users)
-    out = layout.views(buffer, offsets, shape)
-    out["mask"] = np.ndarray(shape, bool, buffer, int(offsets[-1]))
+    out = layout.views(buffer, listed, shape)
+    out["mask"] = np.ndarray(shape, bool, buffer, listed[-1])
     return out
 
 

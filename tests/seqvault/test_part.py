@@ -88,8 +88,8 @@ def encoded(values, schema=SCHEMA, user=7):
 
 def read(buf, end, limit, before, want, n, available=None, user=7, layout=None):
     layout = layout or Layout([SCHEMA], None)
-    out, offsets = layout.zeros(n)
-    views = layout.views(out, offsets, (n,))
+    out, offsets, listed = layout.zeros(n)
+    views = layout.views(out, listed, (n,))
     results = np.zeros((1, unpacking.RESULTS), np.int64)
     one = lambda value: np.array([value], np.int64)  # noqa: E731
     chains.read_parts(
