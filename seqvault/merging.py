@@ -286,6 +286,8 @@ def bulk_load(vault: Vault, blocks: Iterable[Mapping[str, np.ndarray]], number: 
             known = stream.index.find(users)
             if (known >= 0).any():
                 raise VaultError(f"user {users[(known >= 0).argmax()]} is in the stream already")
+            if state.schema.event_id:
+                _check_event_ids(users, edges, columns[state.schema.event_id])
             words = words_of(columns, state.schema)
             new = np.zeros(len(users), ENTRY)
             for i, user in enumerate(users.tolist()):
@@ -309,3 +311,14 @@ def bulk_load(vault: Vault, blocks: Iterable[Mapping[str, np.ndarray]], number: 
         streams[number] = Stream(state.schema, Index(loaded), stream.tail)
         _checkpoint(vault, streams, {**state.committed, **parts.sizes}, None)
     return rows
+
+
+def _check_event_ids(users: np.ndarray, edges: np.ndarray, ids: np.ndarray) -> None:
+    """Raises VaultError if a user has an event id twice: a bulk load drops nothing."""
+    owners = np.repeat(np.arange(len(users)), np.diff(edges))
+    order = np.lexsort([ids, owners])
+    ids, owners = ids[order], owners[order]
+    twice = (ids[1:] == ids[:-1]) & (owners[1:] == owners[:-1])
+    if twice.any():
+        i = int(twice.argmax())
+        raise VaultError(f"user {users[owners[i]]} has the event id {ids[i]} twice")

@@ -148,6 +148,9 @@ class State:
         self.log_end = 0
         self.committed = {int(s): int(b) for s, b in manifest["segments"].items()}
         self.segments.forget(set(self.committed))
+        # What was missing may have been reclaimed before this reader opened it.
+        self.damages = [d for d in self.damages if d.problem != "missing"]
+        self.open_segments()
         for stream in self.streams:
             stream.tail = stream.tail.compacted(stream.index.entries)
         return True

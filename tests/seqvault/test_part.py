@@ -178,6 +178,24 @@ def test_a_hostile_part_is_refused_or_read_within_its_bytes(seed):
     assert result[unpacking.STATUS] in (unpacking.DONE, unpacking.SHORT, unpacking.DAMAGED)
 
 
+def test_a_chain_that_loops_is_damaged():
+    """A part that names itself as the one before it would be read for ever."""
+    values = columns(np.random.default_rng(6), 20)
+    words = seqvault.schema.words_of(values, SCHEMA)
+    buf = np.zeros(part.bound(*words.shape[::-1]), np.uint8)
+    size = part.encode(words, buf, 0, 7, 0, 0, 5, 0, 0)
+    part.encode(words, buf, 0, 7, 0, 0, 5, 0, size)  # previous: place 0, its own
+    layout, one = Layout([SCHEMA], None), np.ones(1, np.int64)
+    out, offsets, _ = layout.zeros(1000)
+    found = np.zeros((1, chains.FOUND), np.int64)
+    chains.read_last(
+        buf, np.zeros(0, np.int32), 7 * one, 0, 0 * one, size * one, 1000 * one, 1000,
+        np.zeros(0, np.int64), False, layout.wanted, layout.sizes, offsets, layout.defaults, out,
+        found,
+    )  # fmt: skip
+    assert found[0, 0] == unpacking.DAMAGED
+
+
 def test_entries_of_skewed_columns_cost_less_than_their_widest_value():
     rng = np.random.default_rng(5)
     rows = 4000

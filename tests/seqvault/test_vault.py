@@ -157,6 +157,17 @@ def test_event_ids_make_appends_idempotent(tmp_path_factory, seed):
     vault.close()
 
 
+def test_a_bulk_load_refuses_an_event_id_that_comes_twice(tmp_path):
+    schema = seqvault.Schema({"event": np.int64}, event_id="event")
+    with seqvault.Vault.create(tmp_path / "v", schema) as vault:
+        twice = {"user": [1, 1, 2, 2], "time": [1, 2, 3, 4], "event": [5, 6, 5, 5]}
+        with pytest.raises(seqvault.VaultError, match="user 2 has the event id 5 twice"):
+            vault.bulk_load([twice])
+        assert vault.users().size == 0
+        vault.bulk_load([{name: values[:3] for name, values in twice.items()}])
+        assert vault.append(1, {"time": [9, 9], "event": [6, 7]}) == 1
+
+
 def test_streams_apart_and_merged_by_time(tmp_path):
     names = ("ads", "search", "feed")
     vault = seqvault.Vault.create(tmp_path / "v", SCHEMA, names)
