@@ -1,4 +1,4 @@
-"""File layers that break: power loss, a full disk."""
+"""File layers that break: power loss, a full disk; and one that saves the tests' fsyncs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,22 @@ from pathlib import Path
 from seqvault.files import File, Files
 
 
-class _TrackedFile(File):
+class _UnsyncedFile(File):
+    def sync(self):
+        pass
+
+
+class UnsyncedFiles(Files):
+    """Fsyncs nothing: tests that lose no power need not wait for a busy disk."""
+
+    def open(self, path):
+        return _UnsyncedFile(path)
+
+    def sync_directory(self, path):
+        pass
+
+
+class _TrackedFile(_UnsyncedFile):
     def __init__(self, layer, path, key):
         super().__init__(path)
         self._layer, self._key = layer, key
@@ -20,11 +35,10 @@ class _TrackedFile(File):
 
     def sync(self):
         self._layer.before_sync(self)
-        super().sync()
         self._layer.durable_data[self._key] = self.path.read_bytes()
 
 
-class LossyFiles(Files):
+class LossyFiles(UnsyncedFiles):
     """Remembers what fsyncs made durable: the content of files, and the names in directories."""
 
     def __init__(self):
@@ -55,7 +69,6 @@ class LossyFiles(Files):
         self._names.pop(path, None)
 
     def sync_directory(self, path):
-        super().sync_directory(path)
         for name in [n for n in self.durable_names if n.parent == path and n not in self._names]:
             del self.durable_names[name]
         self.durable_names |= {n: key for n, key in self._names.items() if n.parent == path}

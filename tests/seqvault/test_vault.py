@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import seqvault
+from tests.seqvault.failing_files import UnsyncedFiles
 from tests.seqvault.oracle import NAMES, SCHEMA, Oracle, draw
+
+FILES = UnsyncedFiles()
 
 STEPS = st.lists(
     st.sampled_from(
@@ -25,7 +28,7 @@ def test_any_order_of_steps_equals_lists(tmp_path_factory, steps, seed, block_ro
     """The writer, a reader that follows it and a fresh reader all see what the lists hold."""
     rng = np.random.default_rng(seed)
     path = tmp_path_factory.mktemp("vault") / "v"
-    options = {"block_rows": block_rows, "segment_bytes": 3000}
+    options = {"block_rows": block_rows, "segment_bytes": 3000, "files": FILES}
     vault = seqvault.Vault.create(path, SCHEMA, ("default", "ads"), **options)
     follower = seqvault.Vault.open(path)
     oracle, clock = Oracle(), 0
@@ -49,7 +52,7 @@ def test_any_order_of_steps_equals_lists(tmp_path_factory, steps, seed, block_ro
             vault.checkpoint()
         else:
             vault.close()
-            vault = seqvault.Vault.open(path, write=True)
+            vault = seqvault.Vault.open(path, write=True, files=FILES)
         oracle.check(vault, everyone, rng, stream, sizes=(4,))
         oracle.check(follower, everyone, rng, stream, sizes=(4,))
     for stream in ("default", "ads"):
@@ -138,7 +141,7 @@ def test_event_ids_make_appends_idempotent(tmp_path_factory, seed):
     rng = np.random.default_rng(seed)
     schema = seqvault.Schema({"event": np.int64, "item": np.int32}, event_id="event")
     path = tmp_path_factory.mktemp("vault") / "v"
-    vault = seqvault.Vault.create(path, schema, ("default", "ads"), block_rows=3)
+    vault = seqvault.Vault.create(path, schema, ("default", "ads"), block_rows=3, files=FILES)
     oracle = Oracle(("time", "event", "item"), "event")
     for _ in range(6):
         count = int(rng.integers(0, 12))
@@ -152,7 +155,7 @@ def test_event_ids_make_appends_idempotent(tmp_path_factory, seed):
             vault.merge()
         if rng.random() < 0.3:
             vault.close()
-            vault = seqvault.Vault.open(path, write=True)
+            vault = seqvault.Vault.open(path, write=True, files=FILES)
         oracle.check(vault, np.arange(3), rng, stream, sizes=(5,))
     vault.close()
 
