@@ -1,15 +1,19 @@
-"""The store of user histories: built once from sorted columns, read in batches.
+"""The store of user histories: real time, life-long, read in batches. Needs no JAX.
 
-    seqvault.bulk_build(path, seqvault.Schema({"item": "int32"}), num_users, blocks)
-    vault = seqvault.open(path)
-    vault.last_n(users, 200, before=times)  # {"item": [B, 200], "time": ..., "mask": ...}
+    schema = seqvault.Schema({"item": "int32", "action": "uint8"})
+    with seqvault.Vault.create(path, schema) as vault:
+        vault.append(user, {"time": [t], "item": [7], "action": [1]}, sync=True)
+        vault.last_n(users, 1000, before=times)   # {"item": [B, 1000], "time": ..., "mask": ...}
+        vault.snapshot(elsewhere)                 # immutable, for training
+    seqvault.Snapshot(elsewhere).last_n(rows, 200, end=positions)
 
-Users are dense rows 0 .. U - 1 of one immutable snapshot. Needs numpy alone.
+`Vault` is one writer and many readers; `Snapshot` is what a prepared data set holds. See
+docs/seqvault.md for formats, guarantees and figures.
 """
 
-from seqvault.build import bulk_build
-from seqvault.errors import VaultError
+from seqvault.errors import Damage, DamagedError, VaultError
 from seqvault.schema import Schema
-from seqvault.vault import Vault, open
+from seqvault.snapshot import Snapshot, bulk_build
+from seqvault.vault import Vault
 
-__all__ = ["Schema", "Vault", "VaultError", "bulk_build", "open"]
+__all__ = ["Damage", "DamagedError", "Schema", "Snapshot", "Vault", "VaultError", "bulk_build"]

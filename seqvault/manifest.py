@@ -1,63 +1,86 @@
-"""The manifest of a snapshot: what files it has, and how they must look.
+"""The manifest of a vault or snapshot: a small JSON file, replaced by rename, kept twice.
 
-A snapshot is a directory with one little-endian array per file and `manifest.json`:
-
-    manifest.json   format, schema, counts, {file: dtype, rows, bytes, sha256}, content hash
-    offsets.bin     [U + 1]: the behaviours of user u are rows offsets[u] .. offsets[u + 1]
-    time.bin        [rows]: seconds, not decreasing within a user
-    <column>.bin    [rows]
-
-The manifest is the last file written, so a directory without one is no snapshot.
+The first line is the CRC-32 of the rest. `MANIFEST.copy` is written before `MANIFEST`, and either
+is enough to open; a damaged one is named.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import zlib
 from pathlib import Path
 
-from seqvault.errors import VaultError
+from seqvault.errors import Damage, VaultError
+from seqvault.files import Files
 
-FORMAT = "seqvault-snapshot"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-OFFSETS = "offsets"
+FORMAT, FORMAT_VERSION = "seqvault", 2
+MANIFEST, COPY = "MANIFEST", "MANIFEST.copy"
 BUILDING = ".building"  # the suffix of a directory that a build has not finished
+_MAX_BYTES = 1 << 26
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def write_manifest(files: Files, directory: Path, fields: dict) -> None:
+    """Makes `fields` the manifest of `directory`, durable and in one step."""
+    fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields}
+    body = json.dumps(fields, indent=1, sort_keys=True).encode()
+    data = b"%08x\n" % zlib.crc32(body) + body
+    files.write_whole(directory / COPY, data)
+    files.write_whole(directory / MANIFEST, data)
 
 
-def content_hash(fields: dict) -> str:
-    """sha256 of what the snapshot holds: format, schema, counts and the files' hashes."""
-    held = {key: value for key, value in fields.items() if key != "content_hash"}
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(directory: Path) -> dict:
-    """The manifest of the snapshot in `directory`, checked against itself.
+def read_manifest(directory: Path) -> tuple[dict, list[Damage]]:
+    """The manifest's fields, and what is damaged of it.
 
     Raises:
-      VaultError: there is none, it is damaged, or a newer format wrote it.
+      VaultError: there is none, none is whole, or a newer format wrote it.
     """
-    path = directory / MANIFEST
     if directory.name.endswith(BUILDING):
-        raise VaultError(f"{directory}: an unfinished build, not a snapshot")
+        raise VaultError(f"{directory}: an unfinished build, not a vault")
+    damages, missing = [], 0
+    for name in (MANIFEST, COPY):
+        try:
+            with open(directory / name, "rb") as file:
+                data = file.read(_MAX_BYTES)
+        except FileNotFoundError:
+            missing += 1
+            damages.append(Damage(name, 0, "missing"))
+            continue
+        fields = _parse(data)
+        if fields is None:
+            damages.append(Damage(name, 0, "it does not match its checksum"))
+            continue
+        if fields.get("format_version") != FORMAT_VERSION:
+            raise VaultError(
+                f"{directory / name}: format version {fields.get('format_version')}; this library "
+                f"reads {FORMAT_VERSION}"
+            )
+        return fields, damages
+    if missing == 2:
+        raise VaultError(f"{directory / MANIFEST}: no such file, so {directory} is no vault")
+    raise VaultError(f"{directory / damages[0].file}: damaged manifest, and so is its copy")
+
+
+def check_copies(directory: Path) -> list[Damage]:
+    """What is damaged of either copy."""
+    damages = []
+    for name in (MANIFEST, COPY):
+        try:
+            data = (directory / name).read_bytes()
+        except FileNotFoundError:
+            damages.append(Damage(name, 0, "missing"))
+            continue
+        if _parse(data) is None:
+            damages.append(Damage(name, 0, "it does not match its checksum"))
+    return damages
+
+
+def _parse(data: bytes) -> dict | None:
+    """The fields, or None if the bytes are not a whole manifest."""
+    crc, _, body = data.partition(b"\n")
+    if crc != b"%08x" % zlib.crc32(body):
+        return None
     try:
-        fields = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise VaultError(f"{path}: no such file, so {directory} is no history snapshot") from None
-    except ValueError as error:
-        raise VaultError(f"{path}: damaged manifest ({error})") from None
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise VaultError(f"{path}: not the manifest of a {FORMAT}")
-    if fields.get("format_version") != FORMAT_VERSION:
-        raise VaultError(
-            f"{path}: format version {fields.get('format_version')}; this library reads "
-            f"{FORMAT_VERSION}"
-        )
-    if fields.get("content_hash") != content_hash(fields):
-        raise VaultError(f"{path}: damaged manifest (its hash does not match its content)")
-    return fields
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) and fields.get("format") == FORMAT else None

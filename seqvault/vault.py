@@ -1,200 +1,545 @@
-"""Vault: batched reads of user histories from a memory-mapped snapshot."""
+"""Vault: the live store of user histories. One writer; any number of readers, anywhere."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from seqvault.errors import VaultError
-from seqvault.manifest import OFFSETS, read_manifest, sha256_of
-from seqvault.schema import TIME, Schema
+from seqvault import log, merging, querying
+from seqvault.errors import Damage, MissingError, VaultError
+from seqvault.files import File, Files, kill_point
+from seqvault.manifest import MANIFEST, read_manifest, write_manifest
+from seqvault.schema import TIME, Schema, check_values
+from seqvault.state import State
+from seqvault.writing import SEGMENT_BYTES, PartWriter
 
-
-def open(path: str | os.PathLike) -> Vault:
-    """Opens the snapshot at `path` for reading; files are mapped, not read.
-
-    Raises:
-      VaultError: there is no whole snapshot: the message names the file that is missing, of the
-        wrong size, damaged, or of a newer format. `Vault.verify` also checks every byte.
-    """
-    directory = Path(path)
-    fields = read_manifest(directory)
-    arrays = {}
-    for name, entry in fields["files"].items():
-        file = directory / f"{name}.bin"
-        try:
-            size = file.stat().st_size
-        except FileNotFoundError:
-            raise VaultError(f"{file}: missing from the snapshot") from None
-        if size != entry["bytes"]:
-            raise VaultError(f"{file}: {size} bytes, the manifest says {entry['bytes']}")
-        arrays[name] = _mapped(file, np.dtype(entry["dtype"]).newbyteorder("<"), entry["rows"])
-    schema = Schema.from_json(fields["schema"])
-    if missing := sorted({OFFSETS, *schema.stored} - set(arrays)):
-        raise VaultError(f"{directory}: the manifest has no file for {missing}")
-    offsets = arrays.pop(OFFSETS)
-    if offsets[0] != 0 or offsets[-1] != fields["num_behaviours"]:
-        raise VaultError(f"{directory / OFFSETS}.bin: damaged (it does not span all behaviours)")
-    return Vault(directory, fields, schema, offsets, arrays)
-
-
-def _mapped(file: Path, dtype: np.dtype, rows: int) -> np.ndarray:
-    if not rows:  # an empty file cannot be mapped
-        return np.zeros(0, dtype)
-    return np.memmap(file, dtype, mode="r", shape=(rows,)).view(np.ndarray)
+LOCK = "lock"
+DEFAULT = "default"
+BLOCK_ROWS = 1024
+LOG_BYTES = 64 << 20  # a log longer than this, and than the checkpoint, is due for a checkpoint
 
 
 class Vault:
-    """An immutable snapshot of all users' histories; reads are vectorised and thread-safe.
+    """A directory of user histories; see the module `seqvault` for the calls in one place.
+
+    Users are integers of 64 bits. A stream is a named sequence of behaviours per user; all streams
+    have the columns of one schema. Behaviours are ordered by (time, arrival): a late event takes
+    its place by time for whoever reads later.
 
     Attributes:
-      path: the snapshot's directory.
-      schema: its columns.
-      num_users: U.
-      num_behaviours: rows over all users.
-      content_hash: sha256 of everything held; equal content has an equal hash.
+      path: its directory.
+      writable: whether this is the one writer.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        fields: Mapping,
-        schema: Schema,
-        offsets: np.ndarray,
-        columns: Mapping[str, np.ndarray],
-    ):
+    def __init__(self, path: Path, state: State, files: Files, lock: int | None):
+        """Use `create` or `open`."""
         self.path = path
-        self.schema = schema
-        self.num_users: int = fields["num_users"]
-        self.num_behaviours: int = fields["num_behaviours"]
-        self.content_hash: str = fields["content_hash"]
-        self._files = fields["files"]
-        self._offsets = offsets
-        self._columns = columns
-        self._longest: int | None = None
+        self._state = state
+        self._files = files
+        self._lock_fd = lock
+        self._mutex = threading.RLock()
+        self._stamp = _stamp(path)
+        self._log: File | None = None
+        self._parts: PartWriter | None = None
+        self._broken: str | None = None
+        self.writable = lock is not None
+        self.logged = 0  # bytes logged by this writer; with parts and checkpoints: what is written
+        self.checkpointed = 0
 
-    def __repr__(self) -> str:
-        return (
-            f"Vault({str(self.path)!r}, {self.num_users} users, {self.num_behaviours} behaviours, "
-            f"columns {list(self.schema.columns)})"
-        )
+    # --- opening and closing
 
-    def lengths(self, users: np.ndarray) -> np.ndarray:
-        """How many behaviours each of `users` [B] has: [B] int64."""
-        start, stop = self._span(users)
-        return stop - start
-
-    def resolve(self, users: np.ndarray, before_time: np.ndarray) -> np.ndarray:
-        """End positions: how many behaviours of each user are strictly earlier than a time.
-
-        The one function by which both preparation and serving turn a time into a position.
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike,
+        schema: Schema,
+        streams: Sequence[str] = (DEFAULT,),
+        *,
+        block_rows: int = BLOCK_ROWS,
+        segment_bytes: int = SEGMENT_BYTES,
+        files: Files | None = None,
+    ) -> Vault:
+        """Makes an empty vault at `path` and opens it for writing.
 
         Args:
-          users: [B] rows of users.
-          before_time: [B] seconds, or one number for all.
-        Returns:
-          [B] int64 in 0 .. length.
+          schema: the columns of a behaviour.
+          streams: names of the behaviour streams.
+          block_rows: reads of up to this many behaviours take one positional read at most.
+          segment_bytes: a segment file is closed when it is this long.
+          files: the file layer; tests pass their own.
+        Raises:
+          FileExistsError: there is something at `path`.
+          VaultError: the streams' names are not distinct, or there are none.
         """
-        start, stop = self._span(users)
-        return self._search(start, stop, before_time) - start
+        path, files = Path(path), files or Files()
+        if not streams or len(set(streams)) != len(streams) or len(streams) > 255:
+            raise VaultError(f"streams {list(streams)}: 1 to 255 distinct names are needed")
+        if block_rows < 1:
+            raise VaultError(f"block_rows is {block_rows}; it must be positive")
+        path.mkdir(parents=True)
+        lock = _locked(path)
+        for name in ("index-000000.sv", "carry-000000.log", "log-000000.log"):
+            files.open(path / name).close()
+        index = bytes(8 * len(streams))
+        files.write_whole(path / "index-000000.sv", index)
+        write_manifest(files, path, {
+            "kind": "vault", "generation": 0, "schemas": [schema.to_json()],
+            "streams": list(streams), "segments": {}, "block_rows": int(block_rows),
+            "segment_bytes": int(segment_bytes), "log": "log-000000.log",
+            "index": merging.file_entry("index-000000.sv", index),
+            "carry": [{"file": "carry-000000.log", "bytes": 0}], "previous": None,
+        })  # fmt: skip
+        files.sync_directory(path.parent)
+        return cls(path, State(path), files, lock)._take_over()
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike, *, write: bool = False, files: Files | None = None
+    ) -> Vault:
+        """Opens the vault at `path`, for reading unless `write`.
+
+        Damaged files are named in `damages`; what does not depend on them is readable.
+
+        Raises:
+          VaultError: there is no vault, it cannot be read at all, or (`write`) another process
+            writes to it.
+        """
+        path, files = Path(path), files or Files()
+        lock = None
+        if write:
+            read_manifest(path)  # an error there is better than a lock file in a foreign directory
+            lock = _locked(path)
+        for attempt in range(10):
+            stamp = _stamp(path)
+            try:
+                vault = cls(path, State(path), files, lock)
+                break
+            except (VaultError, FileNotFoundError):
+                if write or _stamp(path) == stamp or attempt == 9:
+                    raise
+        vault._stamp = stamp
+        return vault._take_over() if write else vault
+
+    def _take_over(self) -> Vault:
+        """Makes the state's files ready for writing: what a dead writer did not finish is cut."""
+        state = self._state
+        self._log = self._files.open(state.log_path)
+        if self._log.size > state.log_end:
+            self._log.truncate(state.log_end)
+        named = {state.log_path.name, state.manifest["index"]["file"]}
+        named |= {entry["file"] for entry in state.manifest["carry"]}
+        for file in self.path.iterdir():
+            stem, number = file.name.rpartition("-")[::2]
+            if stem == "blocks" and int(number.removesuffix(".sv")) not in state.committed:
+                self._files.remove(file)
+            elif stem in ("index", "carry", "log") and file.name not in named:
+                if not file.name.endswith(".damaged"):
+                    self._files.remove(file)
+            elif file.name.endswith(".part"):
+                self._files.remove(file)
+        segment = max(state.committed, default=1)
+        size = state.committed.get(segment, 0)
+        self._parts = PartWriter(
+            self._files, self.path, segment, size, int(state.manifest["segment_bytes"])
+        )
+        if any(d.file.startswith("blocks") for d in state.damages):  # never write behind damage
+            self._parts.segment, self._parts.size = segment + 1, 0
+        return self
+
+    def close(self) -> None:
+        """Releases files and the writer's lock; everything acknowledged is in the files."""
+        with self._mutex:
+            for file in (self._log, self._parts):
+                if file is not None:
+                    file.close()
+            self._log = self._parts = None
+            self._state.close()
+            if self._lock_fd is not None:
+                os.close(self._lock_fd)
+                self._lock_fd = None
+            self.writable = False
+
+    def __enter__(self) -> Vault:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        mode = "writer" if self.writable else "reader"
+        return f"Vault({str(self.path)!r}, {mode}, streams {list(self.streams)})"
+
+    @property
+    def schema(self) -> Schema:
+        return self._state.schema
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return self._state.names
+
+    @property
+    def damages(self) -> list[Damage]:
+        """What opening and following the vault found damaged; `verify` looks at every byte."""
+        return list(self._state.damages)
+
+    # --- writing
+
+    def append(
+        self,
+        user: int,
+        behaviours: Mapping[str, np.ndarray],
+        *,
+        stream: str = DEFAULT,
+        sync: bool = False,
+    ) -> int:
+        """Appends behaviours of one user; they can be read when this returns.
+
+        Args:
+          behaviours: {"time": [N] int32 seconds, column: [N] ...}, all columns of the schema; one
+            behaviour may be given as numbers.
+          stream: the stream's name.
+          sync: True: what this acknowledges survives a power loss; False: the death of the process.
+        Returns:
+          How many were appended: all, less those whose event id the user already has.
+        Raises:
+          VaultError: a column is missing or a value does not fit; the vault is open for reading
+            only; or the disk is full or fails: then nothing was appended.
+        """
+        behaviours = {name: np.atleast_1d(values) for name, values in behaviours.items()}
+        rows = len(behaviours.get(TIME, ()))
+        users = np.full(rows, _one_user(user))
+        return self.append_many(users, behaviours, stream=stream, sync=sync)
+
+    def append_many(
+        self,
+        users: np.ndarray,
+        behaviours: Mapping[str, np.ndarray],
+        *,
+        stream: str = DEFAULT,
+        sync: bool = False,
+    ) -> int:
+        """Appends row i of `behaviours` to user `users[i]`: all of them or, on an error, none.
+
+        See `append`.
+        """
+        columns = self._checked(users, behaviours)
+        with self._mutex:
+            self._must_write()
+            state, number = self._state, self._state.stream(stream)
+            users = user_ids(users)
+            if state.schema.event_id and len(users):
+                new = querying.new_events(state, number, users, columns[state.schema.event_id])
+                users, columns = users[new], {n: c[new] for n, c in columns.items()}
+            if len(users):
+                payload = log.append_payload(number, state.schema, users, columns)
+                self._logged(log.frame(log.APPEND, payload), sync)
+                state.streams[number].add(users, columns)
+            return len(users)
+
+    def _checked(
+        self, users: np.ndarray, behaviours: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        stored = self.schema.stored
+        if set(behaviours) != set(stored):
+            raise VaultError(f"columns {sorted(behaviours)}, the schema wants {sorted(stored)}")
+        columns = {}
+        for name, dtype in stored.items():
+            values = np.asarray(behaviours[name])
+            if values.shape != (len(users),):
+                raise VaultError(
+                    f"column {name!r} has shape {values.shape}, there are {len(users)} users"
+                )
+            check_values(name, values, dtype)
+            columns[name] = values.astype(dtype, copy=False)
+        return columns
+
+    def _must_write(self) -> None:
+        if self._broken:
+            raise VaultError(f"{self.path}: {self._broken}; close and open it again")
+        if not self.writable:
+            raise VaultError(f"{self.path}: open for reading only; use open(path, write=True)")
+
+    def _logged(self, record: bytes, sync: bool) -> None:
+        """Puts a record into the log: all of it or, with a VaultError, nothing."""
+        try:
+            self._log.write(record)
+        except OSError as error:
+            if self._log.size != self._state.log_end:
+                self._broken = f"the log cannot be written ({error})"
+            raise VaultError(f"{self._log.path}: {error.strerror}; nothing appended") from error
+        kill_point("after_data_write")
+        if sync:
+            try:
+                self._log.sync()
+            except OSError as error:  # what a failed fsync leaves is unknown until a reopen
+                self._broken = f"the log could not be made durable ({error})"
+                raise VaultError(f"{self._log.path}: {error.strerror}; not durable") from error
+            kill_point("after_fsync")
+        kill_point("before_index")
+        self._state.log_end = self._log.size
+        self.logged += len(record)
+
+    def bulk_load(
+        self, blocks: Iterable[Mapping[str, np.ndarray]], *, stream: str = DEFAULT
+    ) -> int:
+        """Loads sorted columns of users that the stream does not have; see `bulk.load`.
+
+        Args:
+          blocks: dicts of equally long columns: `user` (not decreasing), `time` (not decreasing
+            within a user) and all columns of the schema.
+        Returns:
+          Behaviours loaded. All of them are committed, durably, at the end; or, on an error, none.
+        Raises:
+          VaultError: as `append`; the columns are not sorted; a user is there already.
+        """
+        with self._mutex:
+            self._must_write()
+            return merging.bulk_load(self, blocks, self._state.stream(stream))
+
+    def merge(self, budget: int | None = None, *, min_rows: int = 1) -> int:
+        """Moves fresh tails into parts, the longest first: one bounded step.
+
+        Args:
+          budget: stops when this many bytes of parts are written; None merges all.
+          min_rows: leaves tails shorter than this where they are: a tail costs the rewriting of
+            up to twice `block_rows` behaviours, however short it is.
+        Returns:
+          Bytes of parts written; 0 when there was nothing to do.
+        Raises:
+          VaultError: as `append`. The fresh tails then stay where they are.
+        """
+        with self._mutex:
+            self._must_write()
+            return merging.merge(self, budget, min_rows)
+
+    def reclaim(self, budget: int | None = None, *, dead: float = 0.5) -> int:
+        """Rewrites users out of segments that are dead by more than `dead`, and drops those.
+
+        Returns:
+          Bytes of parts written, at most about `budget`.
+        """
+        with self._mutex:
+            self._must_write()
+            return merging.reclaim(self, budget, dead)
+
+    def checkpoint(self, schema: Schema | None = None) -> None:
+        """Writes the index and starts a new log, so that opening has little to replay.
+
+        `merge` does so when the log is long. With `schema` the vault goes on under a newer one.
+        """
+        with self._mutex:
+            self._must_write()
+            merging.checkpoint(self, schema)
+
+    def evolve(self, schema: Schema) -> None:
+        """Goes on under a newer schema; what is stored reads as it says. See Schema.version.
+
+        Raises:
+          VaultError: the newer schema cannot read what the vault holds.
+        """
+        self.schema.check_successor(schema)
+        self.checkpoint(schema)
+
+    # --- reading
+
+    def refresh(self) -> None:
+        """Takes in what the writer did since the last read; every read does this by itself."""
+        if self.writable:
+            return
+        stamp = _stamp(self.path)
+        self._state.replay()
+        if stamp == self._stamp:
+            return
+        for attempt in range(10):
+            try:
+                manifest, _ = read_manifest(self.path)
+                if not self._state.switch_log(manifest):
+                    old, self._state = self._state, State(self.path)
+                    old.close()
+                break
+            except (VaultError, FileNotFoundError):
+                newer = _stamp(self.path)
+                if newer == stamp or attempt == 9:
+                    raise
+                stamp = newer
+        self._stamp = stamp
+        self._state.replay()
 
     def last_n(
         self,
         users: np.ndarray,
         n: int,
         *,
-        end: np.ndarray | None = None,
         before: np.ndarray | None = None,
+        end: np.ndarray | None = None,
         columns: Iterable[str] | None = None,
+        stream: str | Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
         """The last `n` behaviours of each user, right-aligned, padded with 0 on the left.
 
         Args:
-          users: [B] rows of users.
+          users: [B] user ids; one that the vault does not know has no behaviours.
+          before: [B] seconds, or one number; behaviours strictly earlier are seen.
           end: [B] positions; behaviours 0 .. end - 1 of the user are seen.
-          before: [B] seconds; behaviours strictly earlier are seen. With neither `end` nor
-            `before`, the whole history is seen.
           columns: the columns wanted; all of the schema by default. Time always comes along.
+          stream: a stream's name; several: merged by time (ties in the order given), with a column
+            "stream" of indices into those given. None: the only stream, or all of them merged.
         Returns:
           {column: [B, n] of the schema's dtype, "time": [B, n] int32, "mask": [B, n] bool}.
         Raises:
-          VaultError: a user or an end is out of range, a column is unknown, or both `end` and
-            `before` are given.
+          DamagedError: a history's bytes are damaged; its `users` says whose. Others are readable.
+          VaultError: a column or stream is unknown, both `end` and `before` are given, an end is
+            out of range, or `end` is asked of several streams.
         """
-        columns = list(self.schema.columns if columns is None else columns)
-        if unknown := sorted(set(columns) - set(self.schema.stored)):
-            raise VaultError(f"no column {unknown}; the store has {list(self.schema.columns)}")
+        names = tuple(columns) if columns is not None else None
         if end is not None and before is not None:
             raise VaultError("give `end` or `before`, not both")
         if n < 0:
             raise VaultError(f"n is {n}; it must not be negative")
-        start, stop = self._span(users)
-        if before is not None:
-            stop = self._search(start, stop, before)
-        elif end is not None:
-            stop = self._checked_stop(users, start, stop, end)
-        seen = np.minimum(stop - start, n)
-        mask = np.arange(n) >= (n - seen)[:, None]
-        # The rows to read, user after user: only what is seen is touched, however long n is.
-        first = np.cumsum(seen) - seen
-        rows = np.arange(seen.sum()) + np.repeat(stop - seen - first, seen)
-        out = {}
-        for name in dict.fromkeys([*columns, TIME]):
-            out[name] = np.zeros(mask.shape, self.schema.stored[name])
-            out[name][mask] = self._columns[name][rows]
-        out["mask"] = mask
-        return out
+        users = user_ids(users)
+        if stream is None:
+            stream = self.streams if len(self.streams) > 1 else self.streams[0]
+        if isinstance(stream, str):
+            return self._last_n(users, n, before, end, names, stream)
+        if end is not None:
+            raise VaultError("positions are those of one stream; name it")
+        found = [self._last_n(users, n, before, None, names, name) for name in stream]
+        return querying.merged_by_time(found, n)
 
-    def verify(self) -> None:
-        """Reads every byte and checks it against the manifest.
+    def _last_n(self, users, n, before, end, names, stream):
+        return self._asked(stream, users, names, querying.last_n, n, before, end)
 
-        Raises:
-          VaultError: a file's content is not what was written; the message names the file.
-        """
-        for name, entry in self._files.items():
-            file = self.path / f"{name}.bin"
-            if sha256_of(file) != entry["sha256"]:
-                raise VaultError(f"{file}: damaged (its sha256 is not the manifest's)")
+    def _asked(self, stream, users, names, question, *arguments):
+        """question(what the state holds of the users, users, ...), read without the lock."""
+        while True:
+            with self._mutex:
+                self.refresh()
+                state = self._state
+                looked = querying.look_up(state, state.stream(stream), users, names)
+            try:
+                return question(looked, users, *arguments)
+            except MissingError:  # reclaimed meanwhile, if the state is a newer one
+                with self._mutex:
+                    self.refresh()
+                    if self._state is state:
+                        raise
 
-    def _span(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First and one past the last row of each user: two [B] int64 arrays."""
-        users = np.asarray(users)
-        if users.ndim != 1 or (users.dtype.kind not in "iu" and users.size):
-            raise VaultError(f"users must be a vector of integers, not {users.dtype}{users.shape}")
-        users = users.astype(np.int64)
-        bad = (users < 0) | (users >= self.num_users)
-        if bad.any():
-            raise VaultError(
-                f"user {users[bad.argmax()]} is not in the store; it has users 0 .. "
-                f"{self.num_users - 1}"
-            )
-        start, stop = self._offsets[users], self._offsets[users + 1]
-        return start.astype(np.int64), stop.astype(np.int64)
+    def lengths(self, users: np.ndarray, *, stream: str = DEFAULT) -> np.ndarray:
+        """How many behaviours each of `users` [B] has in the stream: [B] int64."""
+        users = user_ids(users)
+        return self._asked(stream, users, (), lambda looked, _: looked.totals)
 
-    def _search(self, start: np.ndarray, stop: np.ndarray, before_time: np.ndarray) -> np.ndarray:
-        """The first row of each span whose time is not below `before_time`, by bisection."""
-        before_time = np.broadcast_to(np.asarray(before_time, np.int64), start.shape)
-        times, low, high = self._columns[TIME], start.copy(), stop.copy()
-        while (open_ := low < high).any():
-            middle = (low + high) >> 1
-            # closed spans may point one past the last row; their value is not used
-            earlier = times.take(middle, mode="clip").astype(np.int64) < before_time
-            low = np.where(open_ & earlier, middle + 1, low)
-            high = np.where(open_ & ~earlier, middle, high)
-        return low
-
-    def _checked_stop(
-        self, users: np.ndarray, start: np.ndarray, stop: np.ndarray, end: np.ndarray
+    def resolve(
+        self, users: np.ndarray, before_time: np.ndarray, *, stream: str = DEFAULT
     ) -> np.ndarray:
-        end = np.asarray(end, np.int64)
-        bad = (end < 0) | (end > stop - start)
-        if bad.any():
-            i = int(np.broadcast_to(bad, start.shape).argmax())
-            raise VaultError(
-                f"end {np.broadcast_to(end, start.shape)[i]} is not a position of user "
-                f"{np.asarray(users)[i]}, who has {stop[i] - start[i]} behaviours"
-            )
-        return start + end
+        """End positions: how many behaviours of each user are strictly earlier than a time.
+
+        Args:
+          users: [B] user ids.
+          before_time: [B] seconds, or one number for all.
+        Returns:
+          [B] int64 in 0 .. length.
+        """
+        users = user_ids(users)
+        return self._asked(stream, users, (), querying.resolve, before_time)
+
+    def users(self, *, stream: str = DEFAULT) -> np.ndarray:
+        """Every user of a stream: sorted int64."""
+        with self._mutex:
+            self.refresh()
+            return np.sort(self._state.streams[self._state.stream(stream)].index.entries["user"])
+
+    def scan(
+        self,
+        *,
+        columns: Iterable[str] | None = None,
+        stream: str = DEFAULT,
+        block_rows: int = 1 << 18,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """All behaviours, sorted by (user, time, arrival), in blocks of about `block_rows`.
+
+        Every user is whole in one block. What is appended while the scan runs is seen for users
+        that it has not reached.
+
+        Yields:
+          {"user": [N] int64, "time": [N] int32, column: [N]}.
+        """
+        names = tuple(columns) if columns is not None else None
+        users = self.users(stream=stream)
+        step = 4096
+        for start in range(0, len(users), step):
+            group = users[start : start + step]
+            blocks = self._asked(stream, group, names, querying.flat_blocks, block_rows)
+            yield from blocks
+
+    # --- looking after it
+
+    def verify(self) -> list[Damage]:
+        """Reads every byte of the vault's files and names all that is not as written."""
+        from seqvault.verification import verify
+
+        return verify(self.path)
+
+    def stats(self) -> dict:
+        """Counts and bytes: users, behaviours, fresh ones, index, files, reads, writes."""
+        with self._mutex:
+            self.refresh()
+            return querying.stats(self)
+
+    def snapshot(self, path: str | os.PathLike, *, stream: str = DEFAULT) -> str:
+        """Writes the stream as an immutable snapshot for training; its content hash.
+
+        Rows of the snapshot are the users in rising order; `Snapshot.users` gives their ids.
+        Later appends, late events among them, never enter it.
+        """
+        from seqvault.snapshot import bulk_build
+
+        users = self.users(stream=stream)
+        blocks = (
+            {**block, "user": np.searchsorted(users, block["user"])}
+            for block in self.scan(stream=stream)
+        )
+        return bulk_build(path, self.schema, len(users), blocks, users=users)
+
+
+def user_ids(users: np.ndarray) -> np.ndarray:
+    """`users` as [B] int64; unsigned numbers of 64 bits keep their bits.
+
+    Raises:
+      VaultError: they are not a vector of integers.
+    """
+    users = np.asarray(users)
+    if users.ndim != 1 or (users.dtype.kind not in "iu" and users.size):
+        raise VaultError(f"users must be a vector of integers, not {users.dtype}{users.shape}")
+    return np.ascontiguousarray(users.astype(np.int64, copy=False))
+
+
+def _one_user(user: int) -> np.int64:
+    if not -(1 << 63) <= user < 1 << 64:
+        raise VaultError(f"user {user} is no number of 64 bits")
+    return np.uint64(user).astype(np.int64) if user >= 1 << 63 else np.int64(user)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes whenever the manifest does."""
+    try:
+        found = os.stat(path / MANIFEST)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _locked(path: Path) -> int:
+    """The writer's lock on a vault; the kernel drops it when the process dies."""
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise VaultError(f"{path}: another process writes to this vault") from None
+    return lock

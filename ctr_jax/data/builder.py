@@ -144,7 +144,7 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         history_hash = histories_lib.build_histories(con, plan, dense, directory / HISTORIES, ends)
         self._digest.update(history_hash.encode())
         known = con.execute("SELECT count(*) FROM behaviours WHERE keep").fetchone()[0]
-        kept = seqvault.open(directory / HISTORIES)
+        kept = seqvault.Snapshot(directory / HISTORIES)
         report["dropped"]["behaviours of users without impressions"] = known - kept.num_behaviours
         lengths = Histogram()
         for first in range(0, kept.num_users, _LENGTH_CHUNK):

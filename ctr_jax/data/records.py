@@ -141,7 +141,7 @@ class PreparedData:
 
     path: Path
     spec: DataSpec
-    histories: seqvault.Vault | None
+    histories: seqvault.Snapshot | None
     _shards: dict[str, tuple[tuple[str, int], ...]]  # {split: ((file, records), ...)}
 
     @classmethod
@@ -194,7 +194,7 @@ class Requests:
         name: str,
         shards: tuple[tuple[str, int], ...],
         spec: DataSpec,
-        histories: seqvault.Vault | None,
+        histories: seqvault.Snapshot | None,
     ):
         self.name = name
         self.spec = spec
@@ -323,18 +323,18 @@ def _open_shard(file: str, records: int) -> Any:
     return reader
 
 
-def _open_histories(path: Path, spec: DataSpec) -> seqvault.Vault | None:
+def _open_histories(path: Path, spec: DataSpec) -> seqvault.Snapshot | None:
     """The store beside the records, with the behaviour columns that the spec names."""
     if spec.inline_history:
         return None
     try:
-        vault = seqvault.open(path / HISTORIES)
+        snapshot = seqvault.Snapshot(path / HISTORIES)
     except seqvault.VaultError as error:
         raise DataError(str(error)) from error
     wanted = {c.name for c in spec.group("behaviour")}
-    if not wanted <= set(vault.schema.columns):
+    if not wanted <= set(snapshot.schema.columns):
         raise DataError(
-            f"{path / HISTORIES}: has columns {sorted(vault.schema.columns)}, {SPEC} names "
+            f"{path / HISTORIES}: has columns {sorted(snapshot.schema.columns)}, {SPEC} names "
             f"{sorted(wanted)}"
         )
-    return vault
+    return snapshot

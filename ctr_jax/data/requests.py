@@ -243,8 +243,8 @@ def _fill(
     if plan.ties == "order":
         records["end"] = rows["end"][head]
     else:  # opened here and dropped, so that mapped pages do not pile up over a long run
-        vault = seqvault.open(histories)
-        records["end"] = vault.resolve(records["user"], records["request_time"])
+        snapshot = seqvault.Snapshot(histories)
+        records["end"] = snapshot.resolve(records["user"], records["request_time"])
     for key, values in users.items():
         records[key] = values[records["user"]]
     for field in plan.group("context"):

@@ -42,7 +42,7 @@ def requests(tmp_path_factory):
     users = np.repeat(np.arange(4), 8)
     block = {"user": users, "time": np.arange(32), "item": rng.integers(1, 50, 32)}
     seqvault.bulk_build(directory / "v", seqvault.Schema({"item": np.int32}), 4, [block])
-    return Requests("train", tuple(shards), SPEC, seqvault.open(directory / "v"))
+    return Requests("train", tuple(shards), SPEC, seqvault.Snapshot(directory / "v"))
 
 
 def take(stream, steps):

@@ -238,7 +238,7 @@ def test_broken_data_sets_are_named(tmp_path):
     refused(path / "spec.json", lambda b: b[:-9], "spec.json: damaged")
     refused(path / "features.json", lambda b: b[:-9], "TFDS cannot read")
     refused(path / "dataset_info.json", None, "TFDS cannot read")
-    refused(path / "histories" / "time.bin", lambda b: b[:-1], "time.bin: .* bytes")
+    refused(path / "histories" / "index.sv", lambda b: b[:-1], "index.sv: .* bytes")
     refused(shard, None, f"{shard.name}: missing", train)
     refused(shard, lambda b: b[: len(b) // 2], f"{shard.name}: damaged", train)
     refused(shard, lambda b: b"", f"{shard.name}: damaged", train)

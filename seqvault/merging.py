@@ -1,0 +1,324 @@
+"""The writer's housekeeping: merging tails, reclaiming space, checkpoints, bulk loads."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from seqvault import log, querying
+from seqvault.bulk import user_runs
+from seqvault.errors import VaultError
+from seqvault.files import kill_point
+from seqvault.index import ENTRY, Index, offset_of, segment_of
+from seqvault.manifest import write_manifest
+from seqvault.part import NO_PLACE
+from seqvault.schema import TIME, Schema, words_of
+from seqvault.segments import segment_path
+from seqvault.state import State, Stream, index_bytes, walk
+
+if TYPE_CHECKING:
+    from seqvault.vault import Vault
+
+GROUP = 256  # users that are read, packed and committed together
+_CARRY_ROWS = 1 << 18
+
+
+def file_entry(name: str, data: bytes) -> dict:
+    """What the manifest says of a file."""
+    return {"file": name, "bytes": len(data), "crc32": zlib.crc32(data)}
+
+
+def merge(vault: Vault, budget: int | None, min_rows: int) -> int:
+    """See Vault.merge."""
+    state, parts = vault._state, vault._parts
+    before = parts.written
+    for number, stream in enumerate(state.streams):
+        entries = stream.index.entries
+        with_tail = np.flatnonzero(entries["tail"])
+        counts = stream.tail.counts(entries["tail"][with_tail])
+        with_tail, counts = with_tail[counts >= min_rows], counts[counts >= min_rows]
+        order = with_tail[np.argsort(-counts, kind="stable")]
+        for start in range(0, len(order), GROUP):
+            if budget is not None and parts.written - before >= budget:
+                break
+            users = entries["user"][order[start : start + GROUP]].copy()
+            _commit(vault, number, lambda u=users, k=number: _rewrite(vault, k, u, False))
+    if checkpoint_is_due(state):
+        checkpoint(vault)
+    return parts.written - before
+
+
+def _commit(vault: Vault, stream: int, write) -> None:
+    """Runs `write`, which gives new entries for users whose parts it wrote, and commits them.
+
+    Their fresh rows stay in the log until the commit is; a crash before leaves unnamed bytes in a
+    segment, which the next writer cuts off.
+    """
+    state, parts = vault._state, vault._parts
+    segment, size = parts.segment, parts.size
+    try:
+        merged = write()
+        parts.flush()
+        kill_point("during_merge")
+        parts.sync()
+        touched = sorted(parts.sizes.items())
+        record = b"".join(
+            log.frame(log.MERGE, log.merge_payload(stream, merged[:0], s, b))
+            for s, b in touched[:-1]
+        ) + log.frame(log.MERGE, log.merge_payload(stream, merged, *touched[-1]))
+        vault._logged(record, sync=False)
+    except OSError as error:
+        parts.cut(segment, size)
+        raise VaultError(f"{vault.path}: {error.strerror}; nothing was merged") from error
+    except VaultError:
+        parts.cut(segment, size)
+        raise
+    state.committed.update(touched)
+    parts.sizes = {parts.segment: parts.size}
+    state.open_segments()
+    state.streams[stream].commit(merged)
+
+
+def _rewrite(vault: Vault, number: int, users: np.ndarray, whole: bool) -> np.ndarray:
+    """Writes new parts of `users`, fresh rows included; their entries.
+
+    Only the newest part is written anew, unless a fresh row belongs before its first one, or
+    `whole` wants every part in a new place.
+    """
+    state = vault._state
+    looked = querying.look_up(state, number, users, None)
+    counts = looked.totals - looked.rows
+    edges = np.concatenate([[0], np.cumsum(counts)])
+    most = np.minimum(looked.rows, 2 * state.block_rows)
+    rights = np.cumsum(most)
+    found = looked.read(users, looked.rows, None, most, rights, int(rights[-1]), follow=False)
+    merged = np.zeros(len(users), ENTRY)
+    for i, user in enumerate(users.tolist()):
+        fresh = {n: c[edges[i] : edges[i + 1]] for n, c in looked.fresh.items()}
+        mine = slice(int(rights[i] - found.taken[i]), int(rights[i]))
+        rows = {n: c[mine] for n, c in found.columns.items()}
+        if counts[i]:
+            rows = {n: np.concatenate([c, fresh[n]]) for n, c in rows.items()}
+        first = int(max(found.first[i], 0))
+        link = int(found.previous[i]), int(found.previous_bytes[i])
+        # The newest part may be longer than a part is today; then all of the history is cut anew.
+        cut_off = first + found.taken[i] != looked.rows[i]
+        late = counts[i] > 0 and first > 0 and fresh[TIME][0] < rows[TIME][0]
+        if looked.places[i] < 0 or first == 0:
+            first, link = 0, (NO_PLACE, 0)
+        if cut_off or ((late or whole) and first > 0) or looked.rows[i] > found.taken[i] + first:
+            one = looked.part(np.array([i]))
+            _, rows = querying.together(one, users[i : i + 1], None, one.rows)
+            first, link = 0, (NO_PLACE, 0)
+        elif counts[i] and fresh[TIME][0] < looked.newest[i]:
+            order = np.argsort(rows[TIME], kind="stable")
+            rows = {n: c[order] for n, c in rows.items()}
+        words = words_of(rows, state.schema)
+        place, size = vault._parts.write_chain(
+            words, user, number, state.packing, state.block_rows, first, *link
+        )
+        total = first + words.shape[1]
+        merged[i] = (user, place, size, total, rows[TIME][-1], 0)
+    return merged
+
+
+def reclaim(vault: Vault, budget: int | None, dead: float) -> int:
+    """See Vault.reclaim."""
+    state, parts = vault._state, vault._parts
+    before = parts.written
+    emptied: set[int] = set()
+    closed = {s: b for s, b in state.committed.items() if b and s != parts.segment}
+    for segment, size in sorted(closed.items()):
+        owners: dict[int, list[tuple[int, int, int]]] = {}
+        for info in walk(segment_path(vault.path, segment), size, []):
+            owners.setdefault(info.stream, []).append((info.user, info.offset, info.bytes))
+        live = {k: _living(state, k, segment, found) for k, found in owners.items()}
+        held = sum(kept for _, kept in live.values())
+        if 1 - held / size <= dead:
+            continue
+        done = True
+        for number, (users, _) in live.items():
+            for start in range(0, len(users), GROUP):
+                if budget is not None and parts.written - before >= budget:
+                    done = False
+                    break
+                group = users[start : start + GROUP]
+                _commit(vault, number, lambda u=group, k=number: _rewrite(vault, k, u, True))
+        if done:
+            emptied.add(segment)
+    if emptied:
+        for segment in emptied:
+            del state.committed[segment]
+        checkpoint(vault)
+    return parts.written - before
+
+
+def _living(
+    state: State, number: int, segment: int, found: list[tuple[int, int, int]]
+) -> tuple[np.ndarray, int]:
+    """(users with a living part in the segment, bytes of living parts)."""
+    users = np.unique(np.array([user for user, _, _ in found], np.int64))
+    chains = chain_places(state, number, users)
+    kept, living = 0, set()
+    for user, offset, size in found:
+        if (segment, offset) in chains[user]:
+            kept += size
+            living.add(user)
+    return np.array(sorted(living), np.int64), kept
+
+
+def chain_places(state: State, number: int, users: np.ndarray) -> dict[int, set[tuple[int, int]]]:
+    """{user: {(segment, offset) of every part of the user}}."""
+    looked = querying.look_up(state, number, users, ())
+    chains: dict[int, set[tuple[int, int]]] = {user: set() for user in users.tolist()}
+    at = np.flatnonzero(looked.places >= 0)
+    while len(at):
+        looked, users = looked.part(at), users[at]
+        for user, place in zip(users.tolist(), looked.places.tolist(), strict=True):
+            chains[user].add((segment_of(place), offset_of(place)))
+        none = np.zeros(len(users), np.int64)
+        found = looked.read(users, looked.rows, None, none, none, 0, follow=False)
+        looked = looked._replace(places=found.previous, sizes=found.previous_bytes)
+        at = np.flatnonzero(looked.places >= 0)
+    return chains
+
+
+def checkpoint_is_due(state: State) -> bool:
+    """Whether the log is long, in itself and against what a checkpoint writes."""
+    from seqvault.vault import LOG_BYTES
+
+    index = sum(s.index.count for s in state.streams) * ENTRY.itemsize
+    tails = sum(s.tail.live for s in state.streams) * 24
+    return state.log_end > max(LOG_BYTES, 2 * (index + tails))
+
+
+def checkpoint(vault: Vault, schema: Schema | None = None) -> None:
+    """See Vault.checkpoint."""
+    _checkpoint(vault, vault._state.streams, vault._state.committed, schema)
+
+
+def _checkpoint(
+    vault: Vault, streams: list[Stream], committed: dict[int, int], schema: Schema | None
+) -> None:
+    """Commits `streams` and `committed` as the vault's next generation."""
+    state, files = vault._state, vault._files
+    generation = state.manifest["generation"] + 1
+    names = {kind: f"{kind}-{generation:06d}" for kind in ("index", "carry", "log")}
+    schemas = [*state.schemas.values(), *([schema] if schema else [])]
+    index = index_bytes(streams)
+    carry = b"".join(
+        log.frame(log.APPEND, payload)
+        for number, stream in enumerate(streams)
+        for payload in _carried(number, stream)
+    )
+    try:
+        vault._parts.sync()
+        files.write_whole(vault.path / f"{names['index']}.sv", index)
+        files.write_whole(vault.path / f"{names['carry']}.log", carry)
+        files.write_whole(vault.path / f"{names['log']}.log", b"")
+        manifest = {
+            **state.manifest,
+            "generation": generation,
+            "schemas": [s.to_json() for s in schemas],
+            "segments": {str(s): b for s, b in committed.items()},
+            "index": file_entry(f"{names['index']}.sv", index),
+            "carry": [{"file": f"{names['carry']}.log", "bytes": len(carry)}],
+            "log": f"{names['log']}.log",
+            "previous": [state.log_path.name, state.log_end],
+        }
+        write_manifest(files, vault.path, manifest)
+    except OSError as error:
+        vault._broken = f"a checkpoint failed ({error.strerror})"
+        raise VaultError(f"{vault.path}: {error.strerror}; the last checkpoint stays") from error
+    vault.checkpointed += len(index) + len(carry)
+    old = [state.log_path.name, state.manifest["index"]["file"]]
+    old += [entry["file"] for entry in state.manifest["carry"]]
+    damaged = {d.file for d in state.damages}
+    for name in old:
+        if name in damaged:  # evidence
+            files.rename(vault.path / name, vault.path / f"{name}.damaged")
+        else:
+            files.remove(vault.path / name)
+    kept = set(committed) | {vault._parts.segment}
+    for path in vault.path.glob("blocks-*.sv"):
+        if int(path.stem.rpartition("-")[2]) not in kept:
+            files.remove(path)
+    files.sync_directory(vault.path)
+    written, logged = vault._parts.written, vault._log
+    vault._parts.close()
+    logged.close()
+    damages = [d for d in state.damages if d.file.startswith("blocks")]
+    state.close()
+    vault._state = State(vault.path)
+    vault._state.damages += damages
+    vault._take_over()
+    vault._parts.written = written
+
+
+def _carried(number: int, stream: Stream) -> Iterable[bytes]:
+    """Payloads that put the stream's fresh rows back, in the order of their arrival."""
+    entries, tail = stream.index.entries, stream.tail
+    numbers = np.flatnonzero(entries["tail"])
+    if not len(numbers):
+        return
+    starts, rows = tail.rows(entries["tail"][numbers])
+    users = np.repeat(entries["user"][numbers], np.diff(starts))
+    order = np.argsort(rows)
+    rows, users = rows[order], users[order]
+    for start in range(0, len(rows), _CARRY_ROWS):
+        some = slice(start, start + _CARRY_ROWS)
+        columns = {n: tail.take(n, rows[some]) for n in tail.schema.stored}
+        yield log.append_payload(number, tail.schema, users[some], columns)
+
+
+def bulk_load(vault: Vault, blocks: Iterable[Mapping[str, np.ndarray]], number: int) -> int:
+    """See Vault.bulk_load."""
+    state, parts = vault._state, vault._parts
+    segment, size = parts.segment, parts.size
+    stream = state.streams[number]
+    entries: list[np.ndarray] = []
+    rows = 0
+    try:
+        for users, edges, columns in user_runs(blocks, state.schema):
+            known = stream.index.find(users)
+            if (known >= 0).any():
+                raise VaultError(f"user {users[(known >= 0).argmax()]} is in the stream already")
+            if state.schema.event_id:
+                _check_event_ids(users, edges, columns[state.schema.event_id])
+            words = words_of(columns, state.schema)
+            new = np.zeros(len(users), ENTRY)
+            for i, user in enumerate(users.tolist()):
+                mine = words[:, edges[i] : edges[i + 1]]
+                place, length = parts.write_chain(
+                    mine, user, number, state.packing, state.block_rows
+                )
+                new[i] = (user, place, length, mine.shape[1], mine[0, -1], 0)
+            entries.append(new)
+            rows += words.shape[1]
+        parts.sync()
+    except OSError as error:
+        parts.cut(segment, size)
+        raise VaultError(f"{vault.path}: {error.strerror}; nothing was loaded") from error
+    except BaseException:
+        parts.cut(segment, size)
+        raise
+    if rows:
+        streams = list(state.streams)
+        loaded = np.concatenate([stream.index.entries, *entries])
+        streams[number] = Stream(state.schema, Index(loaded), stream.tail)
+        _checkpoint(vault, streams, {**state.committed, **parts.sizes}, None)
+    return rows
+
+
+def _check_event_ids(users: np.ndarray, edges: np.ndarray, ids: np.ndarray) -> None:
+    """Raises VaultError if a user has an event id twice: a bulk load drops nothing."""
+    owners = np.repeat(np.arange(len(users)), np.diff(edges))
+    order = np.lexsort([ids, owners])
+    ids, owners = ids[order], owners[order]
+    twice = (ids[1:] == ids[:-1]) & (owners[1:] == owners[:-1])
+    if twice.any():
+        i = int(twice.argmax())
+        raise VaultError(f"user {users[owners[i]]} has the event id {ids[i]} twice")

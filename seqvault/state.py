@@ -1,0 +1,315 @@
+"""The state of a vault in memory: checkpoint plus log, the same for the writer and every reader.
+
+MANIFEST, MANIFEST.copy   schemas, streams, and the names of the files below
+index-<g>.sv              the index entries at checkpoint g
+carry-<g>.log             the fresh rows at checkpoint g, as log records
+log-<g>.log               what happened since
+blocks-<s>.sv             segments of parts
+lock                      held by the one writer
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from seqvault import log
+from seqvault.errors import Damage, MissingError, VaultError
+from seqvault.index import ENTRY, Index, place_of
+from seqvault.manifest import read_manifest
+from seqvault.part import CHUNK, HEAD_MAGIC, NO_PLACE, PREFIX, TAIL_MAGIC, TRAILER
+from seqvault.part import ENTRY as CHUNK_ENTRY
+from seqvault.reading import Layout
+from seqvault.schema import Schema
+from seqvault.segments import Segments, segment_path
+from seqvault.tail import Tail, under_schema
+
+_TRAILER = struct.Struct("<qqIIIIIIHBBIII")
+_COUNT = struct.Struct("<q")
+
+
+class Stream:
+    """One named stream of behaviours: who has which parts and which fresh rows."""
+
+    def __init__(self, schema: Schema, index: Index | None = None, tail: Tail | None = None):
+        self.index = index or Index()
+        self.tail = tail or Tail(schema)
+
+    def add(self, users: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+        """Appends rows [N] to the fresh tail."""
+        numbers = self.index.find_or_add(users)
+        self.tail.add(self.index.entries, numbers, columns)
+
+    def commit(self, merged: np.ndarray) -> None:
+        """Points users at their new parts (dtype index.ENTRY), which hold their fresh rows."""
+        numbers = self.index.find_or_add(merged["user"].astype(np.int64))
+        entries = self.index.entries
+        self.tail.drop(entries, numbers)
+        entries[numbers] = merged
+
+
+class State:
+    """Everything a read needs.
+
+    Attributes:
+      manifest: the manifest's fields.
+      schemas: {version: Schema}; `schema` is the newest.
+      names: the streams' names, in the order of their numbers.
+      streams: [Stream].
+      committed: {segment: bytes that hold whole parts}.
+      damages: what opening found damaged.
+      log_end: where the next log record starts.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.manifest, self.damages = read_manifest(directory)
+        if self.manifest.get("kind") != "vault":
+            raise VaultError(f"{directory}: a {self.manifest.get('kind')}, not a live vault")
+        try:
+            schemas = [Schema.from_json(s) for s in self.manifest["schemas"]]
+            self.schema = schemas[-1]
+            self.names = tuple(map(str, self.manifest["streams"]))
+            self.committed = {int(s): int(b) for s, b in self.manifest["segments"].items()}
+            self.block_rows = int(self.manifest["block_rows"])
+            self.log_path = _inside(directory, self.manifest["log"])
+            index, carry = self.manifest["index"], self.manifest["carry"]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise VaultError(f"{directory}: not the manifest of a vault ({error!r})") from None
+        self.schemas = {s.version: s for s in schemas}
+        self.segments = Segments(directory)
+        self._layouts: dict[tuple[str, ...] | None, Layout] = {}
+        self.streams = self._load_index(index)
+        for entry in carry:
+            self._load_carry(entry)
+        self.log_end = 0
+        self._log_fd = os.open(self.log_path, os.O_RDONLY | os.O_CLOEXEC)
+        self.replay()
+        self.open_segments()
+
+    def open_segments(self) -> None:
+        """Opens every segment that holds parts; names one that is missing."""
+        for segment, size in self.committed.items():
+            try:
+                if size:
+                    self.segments.open([segment])
+            except MissingError:
+                damage = Damage(segment_path(self.directory, segment).name, 0, "missing")
+                if damage not in self.damages:
+                    self.damages.append(damage)
+
+    def stream(self, name: str) -> int:
+        """Raises VaultError if there is no such stream."""
+        if name not in self.names:
+            raise VaultError(f"no stream {name!r}; the vault has {list(self.names)}")
+        return self.names.index(name)
+
+    @property
+    def packing(self) -> int:
+        """The number that new parts carry: which of the manifest's schemas they follow."""
+        return len(self.schemas) - 1
+
+    def layout(self, columns: tuple[str, ...] | None) -> Layout:
+        """How parts of every schema version fill `columns`."""
+        if columns not in self._layouts:
+            self._layouts[columns] = Layout([*self.schemas.values()], columns)
+        return self._layouts[columns]
+
+    def replay(self) -> None:
+        """Applies what was logged behind `log_end`; a torn record stays for later."""
+        size = os.fstat(self._log_fd).st_size
+        if size <= self.log_end:
+            return
+        data = os.pread(self._log_fd, size - self.log_end, self.log_end)
+        records, damages, self.log_end = log.read(data, self.log_path.name, self.log_end)
+        self.damages += damages
+        for record in records:
+            self._apply(record, self.log_path.name)
+        if any(record.kind == log.MERGE for record in records):
+            self.open_segments()
+
+    def switch_log(self, manifest: dict) -> bool:
+        """Goes on with a newer checkpoint's log if this state has all that came before it."""
+        if manifest.get("previous") != [self.log_path.name, self.log_end]:
+            return False
+        if [s.to_json() for s in self.schemas.values()] != manifest["schemas"]:
+            return False
+        if list(self.names) != manifest["streams"]:
+            return False
+        self.manifest = manifest
+        self.log_path = _inside(self.directory, manifest["log"])
+        os.close(self._log_fd)
+        self._log_fd = os.open(self.log_path, os.O_RDONLY | os.O_CLOEXEC)
+        self.log_end = 0
+        self.committed = {int(s): int(b) for s, b in manifest["segments"].items()}
+        self.segments.forget(set(self.committed))
+        # What was missing may have been reclaimed before this reader opened it.
+        self.damages = [d for d in self.damages if d.problem != "missing"]
+        self.open_segments()
+        for stream in self.streams:
+            stream.tail = stream.tail.compacted(stream.index.entries)
+        return True
+
+    def close(self) -> None:
+        if self._log_fd is not None:
+            os.close(self._log_fd)
+            self._log_fd = None
+        self.segments.forget(set())
+
+    def _apply(self, record: log.Record, name: str) -> None:
+        try:
+            if record.kind == log.APPEND:
+                number, users, columns = log.parse_append(record.payload, self.schemas)
+                self._stream_of(number).add(users, under_schema(columns, self.schema))
+            elif record.kind == log.MERGE:
+                number, merged, segment, size = log.parse_merge(record.payload)
+                self._stream_of(number).commit(merged)
+                self.committed[segment] = size
+            else:
+                raise VaultError(f"a record of unknown kind {record.kind}")
+        except VaultError as error:
+            self.damages.append(Damage(name, record.offset, str(error)))
+
+    def _stream_of(self, number: int) -> Stream:
+        if number >= len(self.streams):
+            raise VaultError(f"stream {number} of {len(self.streams)}")
+        return self.streams[number]
+
+    def _load_index(self, entry: dict) -> list[Stream]:
+        """The streams as the index file has them, or as a walk over all parts finds them."""
+        path = _inside(self.directory, entry["file"])
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            data = b""
+        if len(data) == entry["bytes"] and zlib.crc32(data) == entry["crc32"]:
+            return [Stream(self.schema, Index(e)) for e in parse_index(data, len(self.names))]
+        self.damages.append(
+            Damage(path.name, 0, "it does not match its checksum; rebuilt from the segments")
+        )
+        newest: list[dict[int, tuple]] = [{} for _ in self.names]
+        for segment, size in sorted(self.committed.items()):
+            path = segment_path(self.directory, segment)
+            for part in walk(path, size, self.damages):
+                if part.stream < len(newest):
+                    place = place_of(segment, part.offset)
+                    rows, newest_time = part.first_row + part.rows, part.newest
+                    newest[part.stream][part.user] = (
+                        part.user, place, part.bytes, rows, newest_time, 0,
+                    )  # fmt: skip
+        return [Stream(self.schema, Index(np.array([*n.values()], ENTRY))) for n in newest]
+
+    def _load_carry(self, entry: dict) -> None:
+        path = _inside(self.directory, entry["file"])
+        data = path.read_bytes() if path.exists() else b""
+        records, damages, end = log.read(data, path.name)
+        if end != entry["bytes"] or len(data) != entry["bytes"]:
+            damages.append(Damage(path.name, end, f"it should have {entry['bytes']} bytes"))
+        self.damages += damages
+        for record in records:
+            self._apply(record, path.name)
+
+
+def index_bytes(streams: list[Stream]) -> bytes:
+    """The index file's content: per stream a count and its entries, without fresh tails."""
+    parts = []
+    for stream in streams:
+        entries = stream.index.entries.copy()
+        entries["tail"] = 0
+        entries = entries[entries["place"] >= 0]
+        parts += [_COUNT.pack(len(entries)), entries.tobytes()]
+    return b"".join(parts)
+
+
+def parse_index(data: bytes, streams: int) -> Iterator[np.ndarray]:
+    """Each stream's entries. Raises VaultError if `data` does not hold what its counts say."""
+    at = 0
+    for _ in range(streams):
+        if at + _COUNT.size > len(data):
+            raise VaultError("an index file without all streams")
+        (count,) = _COUNT.unpack_from(data, at)
+        at += _COUNT.size
+        if not 0 <= count * ENTRY.itemsize <= len(data) - at:
+            raise VaultError(f"an index file of {len(data)} bytes with {count} entries")
+        yield np.frombuffer(data, ENTRY, count, at).copy()
+        at += count * ENTRY.itemsize
+
+
+class PartInfo:
+    """What a part's trailer says."""
+
+    __slots__ = (
+        "offset", "bytes", "user", "stream", "version", "first_row", "rows", "newest",
+        "previous", "previous_bytes",
+    )  # fmt: skip
+
+
+def walk(path: Path, size: int, damages: list[Damage]) -> Iterator[PartInfo]:
+    """The parts in the first `size` bytes of a segment; one that makes no sense is named, skipped.
+
+    Looks at prefixes and trailers only; `verify` checks the bytes between.
+    """
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        damages.append(Damage(path.name, 0, "missing"))
+        return
+    with file:
+        found = os.fstat(file.fileno()).st_size
+        if found < size:
+            damages.append(Damage(path.name, found, f"it should have {size} bytes"))
+        at, size = 0, min(size, found)
+        while at < size:
+            info = _part_at(file.fileno(), at, size)
+            if info is None:
+                damages.append(Damage(path.name, at, "not the start of a part"))
+                at = _next_part(file.fileno(), at + 1, size)
+                continue
+            yield info
+            at += info.bytes
+
+
+def _part_at(fd: int, at: int, size: int) -> PartInfo | None:
+    head = os.pread(fd, PREFIX, at)
+    if len(head) < PREFIX:
+        return None
+    magic, length = struct.unpack("<II", head)
+    if magic != HEAD_MAGIC or length < PREFIX + TRAILER or at + length > size:
+        return None
+    tail = os.pread(fd, TRAILER + CHUNK_ENTRY, at + length - TRAILER - CHUNK_ENTRY)
+    info = PartInfo()
+    (newest,) = struct.unpack_from("<i", tail, 8)
+    fields = _TRAILER.unpack_from(tail, CHUNK_ENTRY)
+    info.user, info.previous, info.previous_bytes, info.first_row, info.rows = fields[:5]
+    info.bytes, chunks, _, info.version, info.stream, _, _, _, magic = fields[5:]
+    info.offset, info.newest = at, newest
+    whole = magic == TAIL_MAGIC and info.bytes == length and chunks == -(-info.rows // CHUNK)
+    return info if whole and info.previous >= NO_PLACE else None
+
+
+def _next_part(fd: int, at: int, size: int) -> int:
+    """Where the next part that makes sense starts; `size` if nowhere."""
+    magic, window = struct.pack("<I", HEAD_MAGIC), 1 << 20
+    while at < size:
+        data = os.pread(fd, min(window, size - at), at)
+        found = data.find(magic)
+        while found >= 0:
+            if _part_at(fd, at + found, size) is not None:
+                return at + found
+            found = data.find(magic, found + 1)
+        if len(data) <= len(magic):
+            break
+        at += len(data) - len(magic) + 1
+    return size
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The file of that name in the directory; a manifest must not name files elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+        raise VaultError(f"{directory}: the manifest names the file {name!r}")
+    return directory / name

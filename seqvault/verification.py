@@ -1,0 +1,83 @@
+"""verify: every byte of every file against its checksum."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from seqvault import log
+from seqvault.bits import SLACK
+from seqvault.errors import Damage
+from seqvault.manifest import check_copies, read_manifest
+from seqvault.part import PREFIX
+from seqvault.segments import segment_path
+from seqvault.state import State, walk
+from seqvault.unpacking import check_part
+
+
+def verify(path: Path) -> list[Damage]:
+    """Names all that is damaged in the vault or snapshot at `path`; empty if nothing is.
+
+    Raises:
+      VaultError: there is no vault, or nothing of it can be read.
+    """
+    damages = check_copies(path)
+    manifest, _ = read_manifest(path)
+    committed = {int(s): int(b) for s, b in manifest["segments"].items()}
+    if manifest["kind"] == "vault":
+        state = State(path)  # what the log adds
+        committed = state.committed
+        state.close()
+        damages += _check_logs(path, manifest)
+        index = manifest["index"]["file"]
+    else:
+        index = "index.sv"
+    damages += _check_whole(path / index, manifest["index"])
+    for segment, size in sorted(committed.items()):
+        damages += _check_segment(segment_path(path, segment), size)
+    return damages
+
+
+def _check_whole(path: Path, entry: dict) -> list[Damage]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return [Damage(path.name, 0, "missing")]
+    if len(data) != entry["bytes"]:
+        return [Damage(path.name, len(data), f"it should have {entry['bytes']} bytes")]
+    if zlib.crc32(data) != entry["crc32"]:
+        return [Damage(path.name, 0, "it does not match its checksum")]
+    return []
+
+
+def _check_logs(path: Path, manifest: dict) -> list[Damage]:
+    damages = []
+    for entry in [*manifest["carry"], {"file": manifest["log"], "bytes": None}]:
+        file = path / entry["file"]
+        if not file.exists():
+            damages.append(Damage(file.name, 0, "missing"))
+            continue
+        _, found, end = log.read(file.read_bytes(), file.name)
+        damages += found
+        if entry["bytes"] not in (None, end):
+            damages.append(Damage(file.name, end, f"it should have {entry['bytes']} bytes"))
+    return damages
+
+
+def _check_segment(path: Path, size: int) -> list[Damage]:
+    """Walks over the parts and checks each of them whole."""
+    damages: list[Damage] = []
+    if not size:
+        return damages
+    for info in walk(path, size, damages):
+        buf = np.zeros(info.bytes + SLACK, np.uint8)
+        with open(path, "rb") as file:
+            got = os.preadv(file.fileno(), [memoryview(buf)[: info.bytes]], info.offset)
+        wrong = PREFIX if got < info.bytes else int(check_part(buf, info.bytes))
+        if wrong >= 0:
+            problem = f"the part of user {info.user} does not match its checksums"
+            damages.append(Damage(path.name, info.offset + wrong, problem))
+    return damages
