@@ -45,4 +45,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.num_layers = 1
     config.model.local_window = 50
     config.optimizer.learning_rate = config.table_optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = config.table_optimizer.schedule = "cosine"
     return config
