@@ -36,9 +36,13 @@ import jax.numpy as jnp
 
 FORMS = ("joint", "split")
 IMPLEMENTATIONS = ("keys", "hidden")
-TILE_BYTES = 16 << 20
-HIDDEN_TILE_BYTES = 512 << 10
-CANDIDATE_TILE = 1024
+TILE_BYTES = {"cpu": 4 << 20}  # of "keys": what a CPU's caches like; elsewhere what memory allows
+LARGE_TILE_BYTES = 64 << 20
+# Of "hidden", on a CPU: 256 candidates x 128 rows. Rows beyond 128 at a time take twice as long
+# each (XLA then takes another product), and a tile that is no multiple of 16 half as long again.
+HIDDEN_TILE_BYTES = 128 << 10
+CANDIDATE_TILE, ROW_TILE = 256, 128
+LANES = 16
 
 
 @flax.struct.dataclass
@@ -87,7 +91,8 @@ def attend(
       query: [B, C, d] candidates.
       memory: K rows; K = 0 gives zeros.
       slope: a of phi.
-      tile_bytes: size of the largest temporary of a tile; 0 = 16 MiB ("keys"), 512 KiB ("hidden").
+      tile_bytes: size of the largest temporary of a tile; 0 = 4 MiB on a CPU and 64 MiB
+        elsewhere ("keys"), 128 KiB ("hidden").
     Raises:
       ValueError: an unknown form or implementation.
     """
@@ -110,7 +115,8 @@ def _by_keys(query, memory, weights, form, slope, tile_bytes):
     b, c, d = query.shape
     hidden = weights.out.shape[0]
     per_row = b * c * hidden * query.dtype.itemsize
-    keys, values = (_tiles(x, 1, (tile_bytes or TILE_BYTES) // per_row) for x in _rows(memory))
+    tile_bytes = tile_bytes or TILE_BYTES.get(jax.default_backend(), LARGE_TILE_BYTES)
+    keys, values = (_tiles(x, 1, tile_bytes // per_row) for x in _rows(memory))
 
     # The two terms of a row are one product with W2 + diag(t) W3: e (W2 + diag(t) W3).
     kernel = jnp.swapaxes(query, 1, 2)[..., None] * weights.of_product[:, None]  # [B, d, C, h]
@@ -139,7 +145,8 @@ def _by_hidden(query, memory, weights, form, slope, tile_bytes):
     b, c, d = query.shape
     pairs = (tile_bytes or HIDDEN_TILE_BYTES) // (b * query.dtype.itemsize)
     queries = _tiles(query, 1, min(CANDIDATE_TILE, pairs))
-    keys, values = (_tiles(x, 1, pairs // queries.shape[2]) for x in _rows(memory))
+    rows = min(ROW_TILE, pairs // queries.shape[2])
+    keys, values = (_tiles(x, 1, rows) for x in _rows(memory))
     of_unit = (weights.of_query.T, weights.of_product.T, weights.out)
 
     def rows_tile(query, keys, values):
@@ -181,6 +188,9 @@ def _tiles(x: jax.Array, axis: int, largest: int) -> jax.Array:
     n = x.shape[axis]
     count = -(-n // max(1, min(largest, n)))
     tile = -(-n // count)
+    if tile > LANES:
+        tile = -(-tile // LANES) * LANES
+        count = -(-n // tile)
     x = jnp.pad(x, ((0, 0), (0, count * tile - n), (0, 0)))
     return jnp.moveaxis(x.reshape(x.shape[0], count, tile, x.shape[-1]), 1, 0)
 
