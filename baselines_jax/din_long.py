@@ -10,6 +10,8 @@ DIN of its own paper.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 from ml_collections import ConfigDict
 
@@ -33,3 +35,17 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
     columns = long_short.build_columns(config, spec)
     long = long_short.FullRank(config.long_length) if config.use_long else None
     return long_short.LongShort(config, columns, long), columns
+
+
+def beside(lrea_config: Callable[[str], ConfigDict], variant: str) -> ConfigDict:
+    """LREA's experiment with DIN for a model: `variant` is one of lrea_config's, or "short", or
+    "short," and one of them; without "short" the long history is read at full rank."""
+    chosen = [v for v in variant.split(",") if v]
+    use_long = "short" not in chosen
+    config = lrea_config(",".join(v for v in chosen if v != "short"))
+    theirs = config.model
+    config.model = default_config(use_long)
+    config.model.update({k: v for k, v in theirs.items() if k in config.model and k != "module"})
+    config.name = config.name.replace("lrea", "din_long" if use_long else "din_short")
+    config.loss.weights = ConfigDict()
+    return config
