@@ -38,9 +38,9 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.generate = ConfigDict(
             dict(users=6000, behaviours=100.0, items=2000, categories=40, seed=0)
         )
-        # Few users and requests: small batches, many epochs, larger steps.
+        # Few users and requests: small batches, larger steps, more than one epoch.
         config.batch_size = config.eval_batch_size = 128
         config.table_optimizer.init_scale = 0.1
         config.optimizer.learning_rate = config.table_optimizer.learning_rate = 0.05
-        config.total_epochs = 8.0
+        config.total_epochs = 3.0
     return config

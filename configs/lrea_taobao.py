@@ -23,5 +23,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.history_length = 564
     if variant == "demo":
         config.data.generate.update(dict(users=4000, behaviours=400.0))
-        config.total_epochs = 4.0
     return config

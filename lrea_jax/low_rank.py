@@ -24,8 +24,6 @@ Axis letters: B requests, L history, r rank, d model width.
 
 from __future__ import annotations
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -193,9 +191,3 @@ def cache_floats(rank: int, width: int, form: str) -> int:
 def table_1(length: int, rank: int, width: int, candidates: int) -> dict[str, int]:
     """Table 1's serving column without its O(): {"DIN": B L d, "LREA": B r d}."""
     return {"DIN": candidates * length * width, "LREA": candidates * rank * width}
-
-
-def segment_sizes(length: int, rank: int) -> list[int]:
-    """How many behaviours each rank starts with under start = "segments"."""
-    edges = [math.ceil(k * length / rank) for k in range(rank + 1)]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]

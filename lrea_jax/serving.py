@@ -170,27 +170,40 @@ def _without_history(embedded: EmbeddedBatch) -> EmbeddedBatch:
     return EmbeddedBatch(cut, vectors)
 
 
-def load(config: ConfigDict, workdir: str | Path, step: int | None = None) -> ServedModel:
-    """The weights of a training run; `step` None = the best measured checkpoint, else the newest.
+def restore(
+    config: ConfigDict, workdir: str | Path, step: int | None = None
+) -> tuple[steps.Experiment, dict, int]:
+    """(experiment, weights, step) of a training run, on one device.
 
+    Args:
+      step: which checkpoint; None = the best measured one, else the newest.
+    Returns:
+      weights: {"tables", "model", "model_state"}, as ctr_jax.steps.score_step takes them.
     Raises:
-      FileNotFoundError: there is no such checkpoint.
+      FileNotFoundError: there is no checkpoint.
       ConfigMismatch: it was made with another model or data set.
     """
     data, workdir = open_data(config), Path(workdir)
     mesh = sharding.make_mesh(data=1, table=1)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    if not checkpoints.steps():
+        raise FileNotFoundError(f"no checkpoint in {workdir}; train it first")
+    at = step or checkpoints.best(config.best_metric) or checkpoints.steps()[-1]
     with jax.set_mesh(mesh):
         experiment = steps.bind(config, data.spec, mesh, 1)
         shapes = steps.state_shapes(experiment)
         shapes = {k: shapes[k] for k in ("tables", "model", "model_state", "step")}
-        checkpoints = Checkpoints(workdir, read_only=True)
-        if not checkpoints.steps():
-            raise FileNotFoundError(f"no checkpoint in {workdir}; train it first")
-        at = step or checkpoints.best(config.best_metric) or checkpoints.steps()[-1]
         refuse_mismatch(checkpoints.identity(at), identity(config, data.spec.content_hash), workdir)
         weights = checkpoints.restore(shapes, identity=None, step=at)
+    weights.pop("step")
+    return experiment, weights, at
+
+
+def load(config: ConfigDict, workdir: str | Path, step: int | None = None) -> ServedModel:
+    """The weights of a training run, ready to serve; arguments and errors as of `restore`."""
+    experiment, weights, at = restore(config, workdir, step)
     variables = {"params": weights["model"], **weights["model_state"]}
-    name = name_of(config.name or workdir.name, at, data.spec.content_hash, variables)
+    name = name_of(config.name or Path(workdir).name, at, experiment.spec.content_hash, variables)
     return ServedModel(
         experiment.model, variables, name, tables=weights["tables"], columns=experiment.columns
     )

@@ -88,7 +88,7 @@ def test_the_long_branch_alone(served):
 
 def test_scoring_does_not_see_the_history_s_length(served):
     """The same arrays are made for L = 12 and L = 400, and none is C x r x h."""
-    candidates, rank, hidden = 60, 4, 5
+    candidates, rank, hidden = 64, 4, 5
     sizes = []
     for length in (12, 400):
         module, variables, _, columns = built(small(long_length=length - 3, hidden=hidden))
