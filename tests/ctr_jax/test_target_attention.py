@@ -10,12 +10,13 @@ from ctr_jax.target_attention import Memory, Weights, attend
 from tests.lrea_jax import reference
 from tests.lrea_jax.cases import QUICK
 
-# (B, C, K, d, h, tile bytes in float32 numbers): one tile, ragged tiles of rows, of candidates and
-# of both, a single row.
+# (B, C, K, d, h, tile bytes in float32 numbers): one tile; ragged tiles of rows; of candidates too;
+# tiles rounded up to 16; a single row.
 SHAPES = [
     (2, 3, 7, 4, 5, 10**6),
     (2, 3, 7, 4, 5, 2 * 3 * 5 * 3),
-    (1, 11, 7, 3, 6, 12),
+    (1, 11, 7, 3, 6, 4),
+    (1, 40, 50, 2, 3, 1000),
     (2, 1, 1, 2, 3, 1),
 ]
 

@@ -202,6 +202,19 @@ def test_a_run_in_two_halves_ends_where_a_whole_one_does(lrea_config, tmp_path):
     assert names[0] == names[1]  # the digest covers every weight and statistic
 
 
+@pytest.mark.slow
+def test_two_devices_train_what_one_does(lrea_config, tmp_path):
+    from ctr_jax import training
+    from lrea_jax.serving import load
+
+    params = []
+    for devices in (1, 2):
+        lrea_config.mesh.data, lrea_config.total_steps = devices, 3
+        training.train(lrea_config, tmp_path / str(devices))
+        params.append(load(lrea_config, tmp_path / str(devices)).variables)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *params)
+
+
 def test_impossible_settings_are_refused():
     for changes, match in [
         ({"form": "both"}, "form"),

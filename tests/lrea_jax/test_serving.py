@@ -70,6 +70,17 @@ def test_a_cache_holds_the_paper_s_matrices(served):
     assert not np.asarray(cache.compressed[1]).any()  # no history
 
 
+def test_a_batch_shorter_than_the_short_history_is_padded_on_the_left(served):
+    model, _, columns = served
+    short = batch_of(columns, length=2, lengths=(2, 1))
+    padded = changed(short, padding=10)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        precompute(model, short),
+        precompute(model, padded),
+    )
+
+
 def test_the_long_branch_alone(served):
     model, embedded, _ = served
     cache = precompute(model, embedded)
