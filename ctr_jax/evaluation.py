@@ -122,7 +122,8 @@ def headline(result: dict) -> dict[str, float]:
 
 def oracle_auc(config: ConfigDict, split: str) -> float | None:
     """AUC of the true click probabilities, where the data is generated and so knows them."""
-    if config.data.get("generate") is None or split != "test":
+    known = (Path(config.data.raw_dir) / synthetic.ORACLE).exists()
+    if config.data.get("generate") is None or split != "test" or not known:
         return None
     return synthetic.oracle_auc(Path(config.data.raw_dir), split)
 

@@ -15,9 +15,13 @@ def open_data(config: ConfigDict):
     Raises:
       DataError: raw files are absent or bad; one line that names file, place and value.
     """
-    from ctr_jax.data import prepare, records, synthetic
+    from ctr_jax.data import prepare, records, synthetic, synthetic_last_event
 
     if config.data.get("generate") is not None:
-        what = synthetic.SyntheticConfig(**config.data.generate)
-        synthetic.generate(Path(config.data.raw_dir), what)
+        raw_dir, builder = Path(config.data.raw_dir), config.data.builder
+        if builder in ("amazon", "taobao"):
+            log = synthetic_last_event.LastEventLog(**config.data.generate)
+            synthetic_last_event.generate(builder, raw_dir, log)
+        else:
+            synthetic.generate(raw_dir, synthetic.SyntheticConfig(**config.data.generate))
     return records.PreparedData.open(prepare.prepare(config.data))

@@ -26,8 +26,10 @@ from ctr_jax.data.errors import DataError
 
 BUILDERS = {
     "alibaba": "ctr_jax.data.alibaba:Alibaba",
+    "amazon": "ctr_jax.data.amazon:Amazon",
     "eleme": "ctr_jax.data.eleme:Eleme",
     "events": "ctr_jax.data.events:Events",
+    "taobao": "ctr_jax.data.taobao:Taobao",
 }
 # Raised whenever preparation gives other records for the same options and files.
 FORMAT = 2

@@ -1,0 +1,209 @@
+"""Serving LREA from caches: the history is read at a refresh, never at a request (3.1, Fig. 1).
+
+    model = load(config, workdir)                      # or ServedModel(module, variables, name)
+    cache = precompute(model, model.embed(histories))  # O(L r d) per user
+    logits = score(model, cache, model.embed(candidates))
+
+`score` computes what the absorbed training path computes, from C and E_aux alone: time and memory
+do not depend on L. A cache holds, per user, the fields of `UserCache`; for r = 128, d = 16 those of
+the long branch are 4,096 numbers (16 KiB in float32), against L d = 160,000 of the history itself.
+
+Appending one behaviour moves all others to another position, so C and E_aux change as a whole and a
+refresh is a new precompute. lrea_jax/cache_store.py keeps many users' caches on the device.
+
+Axis letters: U users, C candidates, L history, S short history, r rank, d model width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ctr_jax import embedding, sharding, steps
+from ctr_jax.batch import EmbeddedBatch, RequestBatch
+from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
+from ctr_jax.config import identity
+from ctr_jax.data import open_data
+from ctr_jax.features import Column
+from ctr_jax.long_short import LongShort, Summary
+from ctr_jax.target_attention import Memory
+
+
+class StaleCache(ValueError):
+    """A cache was built from other weights than those that are to score with it."""
+
+
+@flax.struct.dataclass
+class UserCache:
+    """What is kept of U users' histories. `U` may be any number of rows of a store.
+
+    Attributes:
+      compressed: [U, r, d], C = E_comp^T = W_c^T E_s.
+      auxiliary: [U, r, d], E_aux^T = W_d E_s.
+      total: [U, d], sum_l e_l of the long history, which the split form weighs by phi(t W1) W_o.
+      recent: [U, S, d], tokens of the short history.
+      weights: the name of the weights that made it (`name_of`); checked wherever it is used.
+    """
+
+    compressed: jax.Array
+    auxiliary: jax.Array
+    total: jax.Array
+    recent: jax.Array
+    weights: str = flax.struct.field(pytree_node=False)
+
+
+def name_of(run: str, step: int, data_hash: str, variables: Any) -> str:
+    """ "run:step:data hash:digest of the weights", so that a run id used twice is noticed too."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(variables):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return f"{run}:{step}:{data_hash[:12]}:{digest.hexdigest()[:12]}"
+
+
+class ServedModel:
+    """Weights ready to serve, whichever path they were trained on.
+
+    Args:
+      module: what lrea_jax.model.build returned.
+      variables: {"params", "batch_stats"}.
+      name: from `name_of`.
+      tables, columns: for `embed`; left out where vectors come from elsewhere.
+    """
+
+    def __init__(
+        self,
+        module: LongShort,
+        variables: dict,
+        name: str,
+        *,
+        tables: dict[str, jax.Array] | None = None,
+        columns: tuple[Column, ...] = (),
+    ):
+        self.module = module.clone(long=module.long.clone(path="absorbed"))
+        self.variables, self.name = variables, name
+        self.tables, self.columns = tables, columns
+        # Bound here, so that one model compiles each shape once.
+        self._embed = jax.jit(self._embed_rows)
+        self._summary = jax.jit(self._apply("summary"))
+        self._score = jax.jit(self._apply("score"))
+        self._interest = jax.jit(self._apply("interest"))
+
+    def _apply(self, method: str):
+        return lambda variables, *args: self.module.apply(variables, *args, method=method)
+
+    def _embed_rows(self, tables, batch):
+        plan = embedding.lookup_ids(self.columns, batch, tables)
+        return embedding.embed(embedding.gather_rows(tables, plan), plan, self.columns, batch)
+
+    def embed(self, batch: RequestBatch) -> EmbeddedBatch:
+        """The vectors of a batch's columns, from the model's own tables.
+
+        Raises:
+          ValueError: the model was made without tables.
+        """
+        if self.tables is None:
+            raise ValueError("this ServedModel has no tables: embed elsewhere, or pass tables=")
+        return self._embed(self.tables, batch)
+
+    def check(self, cache: UserCache) -> None:
+        """Raises StaleCache unless `cache` was made by these weights."""
+        if cache.weights != self.name:
+            raise StaleCache(
+                f"the cache was made by weights {cache.weights}, these are {self.name}; "
+                "precompute it again"
+            )
+
+
+def precompute(model: ServedModel, history: EmbeddedBatch) -> UserCache:
+    """Caches of U users from their histories; one row of `history` is one user, candidates unused.
+
+    Costs O(L r d) per user; memory is that of the tokens [U, L, d].
+    """
+    summary = model._summary(model.variables, history)
+    long = summary.long
+    return UserCache(long.keys, long.values, long.total, summary.recent, weights=model.name)
+
+
+def score(model: ServedModel, cache: UserCache, candidates: EmbeddedBatch) -> jax.Array:
+    """Logits [U, C] of each user's candidates (eq. 9), with the short branch and the head.
+
+    Args:
+      candidates: C candidates, user and context of each row of `cache`; its history is not read
+        and may have length 0.
+    Raises:
+      StaleCache: the cache was made by other weights.
+    """
+    model.check(cache)
+    return model._score(model.variables, _summary(cache), _without_history(candidates))
+
+
+def long_interest(model: ServedModel, cache: UserCache, query: jax.Array) -> jax.Array:
+    """The long branch alone: candidate tokens [U, C, d] -> LREA(E_s, E_t) [U, C, d] (eq. 9).
+
+    Raises:
+      StaleCache: the cache was made by other weights.
+    """
+    model.check(cache)
+    return model._interest(model.variables, _summary(cache), query)
+
+
+def _summary(cache: UserCache) -> Summary:
+    return Summary(Memory(cache.compressed, cache.auxiliary, cache.total), cache.recent)
+
+
+def _without_history(embedded: EmbeddedBatch) -> EmbeddedBatch:
+    """The same candidates with a history of length 0, so that one shape is compiled for all."""
+    batch = embedded.batch
+    cut = batch.replace(
+        behaviour={k: x[:, :0] for k, x in batch.behaviour.items()},
+        behaviour_time=batch.behaviour_time[:, :0],
+        behaviour_mask=batch.behaviour_mask[:, :0],
+    )
+    vectors = {k: v for k, v in embedded.vectors.items() if not k.startswith("behaviour/")}
+    return EmbeddedBatch(cut, vectors)
+
+
+def restore(
+    config: ConfigDict, workdir: str | Path, step: int | None = None
+) -> tuple[steps.Experiment, dict, int]:
+    """(experiment, weights, step) of a training run, on one device.
+
+    Args:
+      step: which checkpoint; None = the best measured one, else the newest.
+    Returns:
+      weights: {"tables", "model", "model_state"}, as ctr_jax.steps.score_step takes them.
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ConfigMismatch: it was made with another model or data set.
+    """
+    data, workdir = open_data(config), Path(workdir)
+    mesh = sharding.make_mesh(data=1, table=1)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    if not checkpoints.steps():
+        raise FileNotFoundError(f"no checkpoint in {workdir}; train it first")
+    at = step or checkpoints.best(config.best_metric) or checkpoints.steps()[-1]
+    with jax.set_mesh(mesh):
+        experiment = steps.bind(config, data.spec, mesh, 1)
+        shapes = steps.state_shapes(experiment)
+        shapes = {k: shapes[k] for k in ("tables", "model", "model_state", "step")}
+        refuse_mismatch(checkpoints.identity(at), identity(config, data.spec.content_hash), workdir)
+        weights = checkpoints.restore(shapes, identity=None, step=at)
+    weights.pop("step")
+    return experiment, weights, at
+
+
+def load(config: ConfigDict, workdir: str | Path, step: int | None = None) -> ServedModel:
+    """The weights of a training run, ready to serve; arguments and errors as of `restore`."""
+    experiment, weights, at = restore(config, workdir, step)
+    variables = {"params": weights["model"], **weights["model_state"]}
+    name = name_of(config.name or Path(workdir).name, at, experiment.spec.content_hash, variables)
+    return ServedModel(
+        experiment.model, variables, name, tables=weights["tables"], columns=experiment.columns
+    )
