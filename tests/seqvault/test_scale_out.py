@@ -61,9 +61,12 @@ def test_the_shard_of_a_user_never_changes():
 
 
 def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    """A port such that a cluster's bus, 10,000 above it, is a port too."""
+    while True:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            if (port := taken.getsockname()[1]) <= 55_000:
+                return port
 
 
 def start_redis(directory, *options):
@@ -76,8 +79,9 @@ def start_redis(directory, *options):
     process = subprocess.Popen(
         [*command, "--dir", str(directory), *options], stdout=subprocess.DEVNULL
     )
-    client = redis.Redis(port=port)
-    for _ in range(100):
+    client = redis.Redis(port=port, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+    for _ in range(600):
+        assert process.poll() is None, f"redis-server ended with {process.returncode}"
         try:
             client.ping()
             client.close()
