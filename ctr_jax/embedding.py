@@ -358,7 +358,9 @@ def row_grad_squared_norm(row_grads: Mapping[str, jax.Array], plan: Plan) -> jax
 
 
 def _flatten(ids):
-    return jnp.concatenate([x.reshape(-1) for x in ids.values()])
+    flat = jnp.concatenate([x.reshape(-1) for x in ids.values()])
+    # A table that only histories use, and histories of length 0: one padding id, as ever.
+    return flat if flat.size else jnp.zeros((1,), flat.dtype)
 
 
 def _unflatten(flat, like):

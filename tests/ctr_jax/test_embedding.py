@@ -289,6 +289,22 @@ def assert_bad_ids_read_as_nan(tables):
         assert np.isnan(np.asarray(lookup(tables, batch)["candidate/item"])[0, 0]).all()
 
 
+def test_a_table_of_histories_alone_may_meet_histories_of_length_zero():
+    columns = (Column("behaviour", "item", "item", 4), Column("user", "gender", "gender", 2))
+    tables = {"item": jnp.ones((9, 4)).at[0].set(0), "gender": jnp.ones((9, 2)).at[0].set(0)}
+    batch = make_batch(0, length=0)
+    plan = embedding.lookup_ids(columns, batch, tables)
+    rows = embedding.gather_rows(tables, plan)
+    vectors = embedding.embed(rows, plan, columns, batch).vectors
+    assert vectors["behaviour/item"].shape == (8, 0, 4)
+    grads = jax.grad(
+        lambda rows: sum(
+            x.sum() for x in embedding.embed(rows, plan, columns, batch).vectors.values()
+        )
+    )(rows)
+    assert not np.asarray(grads["item"]).any()
+
+
 def test_tables_fed_by_one_column_share_their_ids(monkeypatch):
     monkeypatch.setattr(embedding, "takes_dense_path", PATHS["sparse"])
     columns = (
