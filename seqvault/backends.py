@@ -20,7 +20,7 @@ from seqvault.chains import read_parts
 from seqvault.errors import DamagedError, VaultError
 from seqvault.files import Files
 from seqvault.part import NEVER, NO_PLACE, PREFIX, bound, encode
-from seqvault.querying import checked_ends, times_of
+from seqvault.querying import check_question, checked_ends, times_of
 from seqvault.reading import Layout
 from seqvault.schema import TIME, Schema, check_values, words_of
 from seqvault.unpacking import (
@@ -133,8 +133,7 @@ class BackendVault:
     ) -> dict[str, np.ndarray]:
         """See Vault.last_n; `stream` is one name."""
         users = user_ids(users)
-        if end is not None and before is not None:
-            raise VaultError("give `end` or `before`, not both")
+        check_question(n, before, end)
         blocks = self._newest(users, stream)
         layout = Layout([self.schema], columns)
         limits = _lengths(blocks)

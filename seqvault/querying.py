@@ -214,6 +214,14 @@ def resolve(looked: Looked, users: np.ndarray, before: np.ndarray) -> np.ndarray
     return resolve_parts(looked, users, before) + _fresh_before(looked, before)
 
 
+def check_question(n: int, before: np.ndarray | None, end: np.ndarray | None) -> None:
+    """Raises VaultError unless `last_n` can be asked so, of any kind of store."""
+    if end is not None and before is not None:
+        raise VaultError("give `end` or `before`, not both")
+    if n < 0:
+        raise VaultError(f"n is {n}; it must not be negative")
+
+
 def times_of(before: np.ndarray, users: np.ndarray) -> np.ndarray:
     """`before` as [B] int64."""
     before = np.asarray(before)

@@ -233,10 +233,7 @@ class Snapshot:
             `before` are given, or (DamagedError) a history's bytes are damaged.
         """
         names = tuple(columns) if columns is not None else None
-        if end is not None and before is not None:
-            raise VaultError("give `end` or `before`, not both")
-        if n < 0:
-            raise VaultError(f"n is {n}; it must not be negative")
+        querying.check_question(n, before, end)
         numbers = self._rows(users)
         limits = self._entries["rows"][numbers].astype(np.int64)
         if before is not None:

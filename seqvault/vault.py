@@ -397,10 +397,7 @@ class Vault:
             out of range, or `end` is asked of several streams.
         """
         names = tuple(columns) if columns is not None else None
-        if end is not None and before is not None:
-            raise VaultError("give `end` or `before`, not both")
-        if n < 0:
-            raise VaultError(f"n is {n}; it must not be negative")
+        querying.check_question(n, before, end)
         users = user_ids(users)
         if stream is None:
             stream = self.streams if len(self.streams) > 1 else self.streams[0]

@@ -142,3 +142,5 @@ def test_parts_in_a_backend_read_like_a_vault(backend):
         wanted = oracle.last_n(3, 4)
         assert found["item"][0].tolist() == [row[1] for row in wanted]
     assert vault.last_n([2], 4)["mask"].all()
+    with pytest.raises(seqvault.VaultError, match="negative"):
+        vault.last_n([2], -1)
