@@ -1,4 +1,4 @@
-"""Batch statistics over valid positions only, and the activations that use them."""
+"""Batch normalisation over valid positions only."""
 
 from __future__ import annotations
 
@@ -49,19 +49,3 @@ class MaskedBatchNorm(nn.Module):
             x = x * self.param("scale", nn.initializers.ones, (width,))
             x = x + self.param("bias", nn.initializers.zeros, (width,))
         return x
-
-
-class Dice(nn.Module):
-    """p x + (1 - p) alpha x with p = sigmoid(batch norm of x) (DIN, eq. 4; alpha starts at 0)."""
-
-    momentum: float = 0.9
-    eps: float = 1e-9
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
-        """x [..., d], mask [...] bool -> [..., d]."""
-        alpha = self.param("alpha", nn.initializers.zeros, (x.shape[-1],))
-        gate = jax.nn.sigmoid(
-            MaskedBatchNorm(self.momentum, self.eps, affine=False)(x, mask, train)
-        )
-        return gate * x + (1 - gate) * alpha * x

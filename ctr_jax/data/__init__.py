@@ -19,9 +19,10 @@ def open_data(config: ConfigDict):
 
     if config.data.get("generate") is not None:
         raw_dir, builder = Path(config.data.raw_dir), config.data.builder
-        if builder in ("amazon", "taobao"):
-            log = synthetic_last_event.LastEventLog(**config.data.generate)
-            synthetic_last_event.generate(builder, raw_dir, log)
-        else:
-            synthetic.generate(raw_dir, synthetic.SyntheticConfig(**config.data.generate))
+        with prepare.locked(raw_dir):
+            if builder in ("amazon", "taobao"):
+                log = synthetic_last_event.LastEventLog(**config.data.generate)
+                synthetic_last_event.generate(builder, raw_dir, log)
+            else:
+                synthetic.generate(raw_dir, synthetic.SyntheticConfig(**config.data.generate))
     return records.PreparedData.open(prepare.prepare(config.data))

@@ -54,7 +54,7 @@ def prepare(config: ConfigDict) -> Path:
     builder = make_builder(builder_class, options, files)
     directory = Path(builder.data_dir)
     if not is_complete(directory):
-        with _locked(directory.parent):
+        with locked(directory.parent):
             if not is_complete(directory):
                 _remove_leftovers(directory)
                 try:
@@ -99,8 +99,8 @@ def is_complete(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Lets one process at a time prepare below `directory`; the others wait and find it done."""
+def locked(directory: Path) -> Iterator[None]:
+    """Lets one process at a time write below `directory`; the others wait and find it done."""
     directory.mkdir(parents=True, exist_ok=True)
     handle = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR)
     try:

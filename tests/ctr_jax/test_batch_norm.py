@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctr_jax.batch_norm import Dice, MaskedBatchNorm
+from ctr_jax.batch_norm import MaskedBatchNorm
 
 
 def data(seed=0):
@@ -50,13 +50,3 @@ def test_gradients_do_not_depend_on_masked_positions():
     assert (np.asarray(gradient)[~mask] == 0).all()
     other = np.where(mask[..., None], x, 100.0)
     np.testing.assert_allclose(jax.grad(loss)(other), gradient, rtol=1e-5, atol=1e-6)
-
-
-def test_dice_starts_as_a_gated_identity():
-    x, mask = data()
-    dice = Dice()
-    variables = dice.init(jax.random.key(0), x, mask, train=True)
-    out, _ = dice.apply(variables, x, mask, train=True, mutable=["batch_stats"])
-    valid = x[mask].astype(np.float64)
-    gate = 1 / (1 + np.exp(-(valid - valid.mean(0)) / np.sqrt(valid.var(0) + 1e-9)))
-    np.testing.assert_allclose(out[mask], gate * valid, rtol=1e-4, atol=1e-5)

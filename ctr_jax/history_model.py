@@ -1,0 +1,132 @@
+"""Models that turn a history into a vector per candidate: tokens, interest, head; the interest is
+given.
+
+The baselines of LASER's table and LASER itself are this frame with another `interest`: a module
+
+    __call__(tokens: Tokens, train: bool) -> [B, C, k]
+
+`short_length` most recent behaviours also go through a DIN unit of their own, in every model alike:
+LASER's Base is a model of length 100 to which a long sequence is added (laser.md; how Base reads
+its 100 is not published, so that is decided here). 0 leaves it out.
+
+Axis letters: B requests, C candidates, L history, d model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ctr_jax.batch import EmbeddedBatch, RequestBatch
+from ctr_jax.din_attention import DINAttention
+from ctr_jax.features import Column, DataSpec, default_columns
+from ctr_jax.head import MLPHead
+from ctr_jax.layers import token_dot_general
+
+
+def default_config(module: str) -> ConfigDict:
+    """The fields that every model of this frame has."""
+    config = ConfigDict()
+    config.module = module
+    config.embedding_width = 32
+    config.exclude = ()  # columns left out, as "group/name"
+    config.width = 128  # d; behaviours and candidates are projected to it, without bias
+    config.short_length = 0  # behaviours of the short branch; 0 = none
+    config.head_hidden = (512, 256, 128)
+    config.base_rate = 0.5
+    return config
+
+
+@flax.struct.dataclass
+class Tokens:
+    """What an interest is made of.
+
+    Attributes:
+      candidates: [B, C, d].
+      behaviours: [B, L, d], L >= 1; exactly zero where not batch.behaviour_mask.
+      profile: [B, p], the user and context vectors side by side; p may be 0.
+      batch: RequestBatch, for masks and times.
+    """
+
+    candidates: jax.Array
+    behaviours: jax.Array
+    profile: jax.Array
+    batch: RequestBatch
+
+
+class HistoryModel(nn.Module):
+    """The frame.
+
+    Attributes:
+      config: fields of `default_config`.
+      columns: what `build_columns` returned.
+      interest: the module above, or None for a model without it.
+    """
+
+    config: ConfigDict
+    columns: tuple[Column, ...]
+    interest: Any
+
+    @nn.compact
+    def __call__(self, embedded: EmbeddedBatch, train: bool) -> tuple[jax.Array, dict]:
+        """EmbeddedBatch -> (logits [B, C], out); out has "losses" (none) and "interest"."""
+        config, batch = self.config, embedded.batch
+        size, length, candidates = batch.shape
+
+        def join(group: str) -> jax.Array:
+            vectors = [embedded.vectors[c.key] for c in self.columns if c.group == group]
+            return jnp.concatenate(vectors, -1) if vectors else jnp.zeros((size, 0))
+
+        def token(name: str) -> nn.Dense:
+            return nn.Dense(
+                config.width, use_bias=False, dot_general=token_dot_general, name=f"{name}_token"
+            )
+
+        # ---- tokens ----
+        candidate = join("candidate")
+        profile = jnp.concatenate([join("user"), join("context")], -1)
+        query = token("candidate")(candidate)
+        parts = [
+            candidate,
+            query,
+            jnp.broadcast_to(profile[:, None], (size, candidates, profile.shape[-1])),
+        ]
+        interest = None
+        if length:  # no history: a model of the candidate and the profile
+            # Whatever stands in padding, its token is an exact zero.
+            mask = batch.behaviour_mask
+            behaviours = jnp.where(mask[..., None], token("behaviour")(join("behaviour")), 0)
+
+            # ---- interest ----
+            if config.short_length:
+                recent, seen = (x[:, -config.short_length :] for x in (behaviours, mask))
+                short = DINAttention(name="short")
+                parts.append(short(query, recent, seen, batch.candidate_mask, train))
+            if self.interest is not None:
+                interest = self.interest(Tokens(query, behaviours, profile, batch), train)
+                parts.append(interest)
+
+        # ---- prediction ----
+        head = MLPHead(config.head_hidden, base_rate=config.base_rate, name="head")
+        logits = head(jnp.concatenate(parts, -1))
+        return logits, {"losses": {}, "interest": interest}
+
+
+def build_columns(config: ConfigDict, spec: DataSpec) -> tuple[Column, ...]:
+    """The columns a model of this frame reads: all of the data set less `config.exclude`.
+
+    Raises:
+      ValueError: sizes are not positive, or the data set lacks behaviour or candidate columns.
+    """
+    if config.width < 1 or config.short_length < 0:
+        raise ValueError("width must be >= 1 and short_length >= 0")
+    columns = default_columns(spec, config.embedding_width, exclude=config.exclude)
+    for group in ("behaviour", "candidate"):
+        if not any(c.group == group for c in columns):
+            raise ValueError(f"{config.module} needs at least one {group} column of {spec.name!r}")
+    return columns
