@@ -1,0 +1,1 @@
+"""LASER: segmented target attention, stacked refinement, fusion (arXiv 2602.11562)."""
