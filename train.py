@@ -1,9 +1,10 @@
 """Trains the experiment of a config file.
 
     python train.py --config=configs/sparsectr_alibaba.py[:variant] [--workdir=DIR]
+    python train.py --config=configs/sparsectr_alibaba.py[:variant] --describe
 
-Any field can be overridden, as in --config.model.num_chunks=32. The same config and workdir
-resume by themselves.
+The second trains nothing: it prints parameters, operations and memory. Any field can be
+overridden, as in --config.model.num_chunks=32. The same config and workdir resume by themselves.
 """
 
 import os
@@ -18,6 +19,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", min(os.cpu_count() or 1, 8), "On a CPU: devices to split the batch over."
 )
+DESCRIBE = flags.DEFINE_bool("describe", False, "Print what the model costs, and stop.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics, plots (runs/<config name>).")
 
 
@@ -26,6 +28,7 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     from ctr_jax.checkpoints import ConfigMismatch
     from ctr_jax.data.errors import DataError
+    from ctr_jax.describe import describe
     from ctr_jax.training import NonFiniteLoss, train
     from ctr_jax.writers import quiet_checkpoint_logs
 
@@ -34,6 +37,9 @@ def main(argv):
     quiet_checkpoint_logs()
     config = CONFIG.value
     try:
+        if DESCRIBE.value:
+            print(describe(config))
+            return
         done = train(config, WORKDIR.value or Path("runs") / config.name)
     except (DataError, ConfigMismatch, NonFiniteLoss) as error:
         sys.exit(f"{type(error).__name__}: {error}")  # the user's to mend: no traceback
