@@ -34,11 +34,12 @@ from ctr_jax import metrics, steps
 from ctr_jax.data import open_data
 from ctr_jax.evaluation import evaluate, score_split
 from ctr_jax.reports import format_table
+from ctr_jax.serving import restore
 from ctr_jax.target_attention import FORMS
 from ctr_jax.training import train
 from ctr_jax.writers import quiet_checkpoint_logs
 from lrea_jax import low_rank
-from lrea_jax.serving import ServedModel, name_of, precompute, restore, score
+from lrea_jax.serving import ServedModel, name_of, precompute, score
 
 # Table 3: {value: (AUC, GAUC)} on the paper's own log; r at lambda .3, lambda at r 128.
 PAPER = {

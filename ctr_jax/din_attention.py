@@ -2,10 +2,13 @@
 
     a_i = MLP([q, e_i, q - e_i, q * e_i])        out = sum_i mask_i a_i e_i
 
-The first layer is linear in its four inputs, so it is one product of e_i with a kernel of the
-candidate's own, W_e - W_d + diag(q) W_p, plus a term of the candidate alone. Behaviours go through
-in tiles that are made anew in the backward pass: no [B, C, L, h] array is made, also not for the
-batch statistics of Dice, which take a pass over the tiles of their own in training.
+The first layer is linear in its four inputs: a term of q, one of e_i, which all candidates share,
+and (q * e_i) W_p. Long histories take the last two as one product of e_i with a kernel of the
+candidate's own, W_e - W_d + diag(q) W_p; short ones are not worth that kernel.
+
+What does not fit `tile_bytes` goes through in tiles of behaviours, made anew in the backward pass;
+the batch statistics of Dice take a pass over the tiles of their own in training. So no [B, C, L, h]
+array larger than that is made.
 
 Axis letters: B requests, C candidates, L history, d model width, h hidden units.
 """
@@ -18,8 +21,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Of a tile's [B, C, rows, h]: what a CPU's caches like; elsewhere what memory allows.
-TILE_BYTES, LARGE_TILE_BYTES = {"cpu": 4 << 20}, 64 << 20
+from ctr_jax.layers import token_dot_general
+
+TILE_BYTES = 64 << 20  # smaller ones, which stay in a CPU's cache, are slower: more passes
 
 
 def dice(x: jax.Array, mean: jax.Array, variance: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -37,13 +41,13 @@ class DINAttention(nn.Module):
       hidden: widths of the scoring MLP's hidden layers, at least one.
       activation: "dice" (alpha starts at 0; statistics over the batch's valid pairs) or "relu".
       momentum: weight of the old running statistics.
-      tile_bytes: size of a tile's largest array; 0 = 4 MiB on a CPU, 64 MiB elsewhere.
+      tile_bytes: size of a tile's [B, C, rows, h].
     """
 
     hidden: Sequence[int] = (64,)
     activation: str = "dice"
     momentum: float = 0.9
-    tile_bytes: int = 0
+    tile_bytes: int = TILE_BYTES
 
     @nn.compact
     def __call__(
@@ -66,18 +70,27 @@ class DINAttention(nn.Module):
             for i, (n, width) in enumerate(zip((4 * d, *widths), widths, strict=False))
         ]
         of_query, of_key, of_difference, of_product = jnp.split(layers[0][0], 4)
-        kernel = (of_key - of_difference) + query[..., None] * of_product  # [B, C, d, h]
-        start = query @ (of_query + of_difference) + layers[0][1]
+        of_key, of_query = of_key - of_difference, of_query + of_difference
+        start = query @ of_query + layers[0][1]
+        long = keys.shape[1] > d
+        if long:
+            kernel = of_key + query[..., None] * of_product  # [B, C, d, h]
 
         per_row = b * c * max(widths) * query.dtype.itemsize
-        tile_bytes = self.tile_bytes or TILE_BYTES.get(jax.default_backend(), LARGE_TILE_BYTES)
-        rows = _tiles(keys, mask, tile_bytes // per_row)
+        rows = _tiles(keys, mask, self.tile_bytes // per_row)
+
+        def first(keys: jax.Array) -> jax.Array:
+            if long:
+                return jnp.einsum("btd,bcdh->bcth", keys, kernel) + start[:, :, None]
+            pairs = (query[:, :, None] * keys[:, None]).reshape(b, -1, d)
+            of_pairs = _product(pairs, of_product).reshape(b, c, keys.shape[1], -1)
+            return of_pairs + _product(keys, of_key)[:, None] + start[:, :, None]
 
         norms = []
 
         def hidden(keys: jax.Array, layer: int) -> jax.Array:
             """keys [B, t, d] -> [B, C, t, width] before the activation of `layer`."""
-            x = jnp.einsum("btd,bcdh->bcth", keys, kernel) + start[:, :, None]
+            x = first(keys)
             for i in range(layer):
                 x = dice(x, *norms[i]) if self.activation == "dice" else nn.relu(x)
                 x = x @ layers[i + 1][0] + layers[i + 1][1]
@@ -91,7 +104,7 @@ class DINAttention(nn.Module):
             scores = jnp.where(mask[:, None], hidden(keys, len(self.hidden))[..., 0], 0)
             return out + jnp.einsum("bct,btd->bcd", scores, keys), None
 
-        return jax.lax.scan(_again(step), jnp.zeros_like(query), rows)[0]
+        return _over_tiles(step, jnp.zeros_like(query), rows)
 
     def _norm(self, layer, hidden, rows, pairs, train):
         """(mean, variance, alpha) of a hidden layer's Dice."""
@@ -116,9 +129,7 @@ class DINAttention(nn.Module):
             return (n + count, old_mean + gap * count / both, squares), None
 
         zero = jnp.zeros((width,), jnp.float32)
-        (count, batch_mean, squares), _ = jax.lax.scan(
-            _again(step), (jnp.zeros(()), zero, zero), rows
-        )
+        count, batch_mean, squares = _over_tiles(step, (jnp.zeros(()), zero, zero), rows)
         batch_variance = squares / jnp.maximum(count, 1)
         if not self.is_initializing():
             keep = jnp.where(count > 0, self.momentum, 1.0)
@@ -127,9 +138,15 @@ class DINAttention(nn.Module):
         return batch_mean, batch_variance, alpha
 
 
-def _again(step):
-    """`step` made anew in the backward pass."""
-    return jax.checkpoint(step, prevent_cse=False)
+def _over_tiles(step, start, rows):
+    """The carry of a scan whose rounds are made anew in the backward pass, if there are several."""
+    if len(rows[0]) == 1:
+        return step(start, jax.tree.map(lambda x: x[0], rows))[0]
+    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, rows)[0]
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return token_dot_general(x, kernel, (((2,), (0,)), ((), ())))
 
 
 def _tiles(keys: jax.Array, mask: jax.Array, largest: int) -> tuple[jax.Array, jax.Array]:

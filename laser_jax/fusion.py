@@ -25,9 +25,9 @@ KINDS = ("rankmixer", "mlp", "none")
 
 
 def token_mix(x: jax.Array) -> jax.Array:
-    """[..., T, d] -> [..., T, d]; d is a multiple of T. Its own inverse."""
-    *leading, t, d = x.shape
-    return jnp.swapaxes(x.reshape(*leading, t, t, d // t), -3, -2).reshape(x.shape)
+    """[T, ..., d] -> [T, ..., d]; d is a multiple of T. Its own inverse."""
+    t, *middle, d = x.shape
+    return jnp.swapaxes(x.reshape(t, *middle, t, d // t), 0, -2).reshape(x.shape)
 
 
 def masked_max(segments: jax.Array, mask: jax.Array) -> jax.Array:
@@ -48,8 +48,8 @@ class RankMixerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., T, d] -> [..., T, d]."""
-        *_, t, d = x.shape
+        """[T, ..., d] -> [T, ..., d]: tokens lead, so that their MLPs are one product each."""
+        t, d = x.shape[0], x.shape[-1]
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)
         x = nn.LayerNorm(name="mix_norm")(token_mix(x) + x)
         hidden = self._per_token(x, "in", init, (t, d, self.multiplier * d))
@@ -59,7 +59,8 @@ class RankMixerBlock(nn.Module):
     def _per_token(self, x, name, init, shape):
         kernel = self.param(f"{name}_kernel", init, shape)
         bias = self.param(f"{name}_bias", nn.initializers.zeros, (shape[0], shape[2]))
-        return jnp.einsum("...ti,tio->...to", x, kernel) + bias
+        rows = jnp.einsum("tni,tio->tno", x.reshape(shape[0], -1, shape[1]), kernel)
+        return (rows + bias[:, None]).reshape(*x.shape[:-1], shape[2])
 
 
 class Fusion(nn.Module):
@@ -93,21 +94,22 @@ class Fusion(nn.Module):
         x = self.tokens(refined, segments, mask, candidates, profile)
         if self.kind == "mlp":
             d = refined.shape[-1]
-            hidden = nn.gelu(nn.Dense(2 * d, name="mlp_in")(x.reshape(*x.shape[:2], -1)))
+            joined = jnp.moveaxis(x, 0, 2).reshape(*refined.shape[:2], -1)
+            hidden = nn.gelu(nn.Dense(2 * d, name="mlp_in")(joined))
             return nn.Dense(d, name="mlp_out")(hidden)
         for i in range(self.num_blocks):
             x = RankMixerBlock(self.multiplier, name=f"block_{i}")(x)
-        return x.mean(-2)
+        return x.mean(0)
 
     def tokens(self, refined, segments, mask, candidates, profile) -> jax.Array:
-        """[B, C, T, d]; the slots of segments that hold nothing are zero."""
+        """[T, B, C, d]; the slots of segments that hold nothing are zero."""
         b, c, s, d = segments.shape
-        seen = mask[:, None, :, None]
-        salient = masked_max(segments, mask)
-        recent = jnp.where(seen, segments, 0)[:, :, max(s - self.recent, 0) :]
+        recent = jnp.where(mask[:, None, :, None], segments, 0)[:, :, max(s - self.recent, 0) :]
         recent = jnp.pad(recent, ((0, 0), (0, 0), (self.recent - recent.shape[2], 0), (0, 0)))
         free = self.num_tokens - self.recent - 3
         groups = nn.Dense(free * d, name="profile")(profile).reshape(b, 1, free, d)
         groups = jnp.broadcast_to(groups, (b, c, free, d))
-        first = jnp.stack([refined, salient], 2)
-        return jnp.concatenate([first, recent, candidates[:, :, None], groups], 2)
+        of_one = jnp.stack([refined, masked_max(segments, mask), candidates])
+        return jnp.concatenate(
+            [of_one[:2], jnp.moveaxis(recent, 2, 0), of_one[2:], jnp.moveaxis(groups, 2, 0)]
+        )

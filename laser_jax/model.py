@@ -30,7 +30,7 @@ from laser_jax.segmented import SegmentedTargetAttention
 from laser_jax.stacked import StackedTargetAttention
 
 # Of a tile's segments, [B, tile, S, d]: what a CPU's caches like; elsewhere what memory allows.
-TILE_BYTES, LARGE_TILE_BYTES = {"cpu": 1 << 20}, 256 << 20
+TILE_BYTES, LARGE_TILE_BYTES = {"cpu": 8 << 20}, 256 << 20
 
 
 def default_config() -> ConfigDict:

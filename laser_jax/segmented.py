@@ -115,10 +115,12 @@ class SegmentedTargetAttention(nn.Module):
         # Of a sum, so that it starts near the size of one behaviour; a mean needs none.
         start = -math.log(self.segment) if self.pool == "sum" else 0.0
         self.bias = self.param("bias", nn.initializers.constant(start), (h,))
-        self.out = nn.Dense(d, use_bias=False)
+        # Over all segments of all candidates: what costs most.
+        tokens = dict(dot_general=token_dot_general)
+        self.out = nn.Dense(d, use_bias=False, **tokens)
         if self.ffn_multiplier:
-            self.ffn_in = nn.Dense(self.ffn_multiplier * d)
-            self.ffn_out = nn.Dense(d)
+            self.ffn_in = nn.Dense(self.ffn_multiplier * d, **tokens)
+            self.ffn_out = nn.Dense(d, **tokens)
         if self.norm:
             self.pool_norm = nn.LayerNorm()
             if self.ffn_multiplier:
@@ -160,16 +162,18 @@ class SegmentedTargetAttention(nn.Module):
         z = gated_sums(query, history, self.bias, self.segment, self.gate)
         if self.pool == "mean":
             z = z / self.segment
+        s, z = z.shape[2], z.reshape(b, -1, h, z.shape[-1])
         if history.values.shape[2:] == (1, d):
-            z = jnp.einsum("bcshd,dhv->bcshv", z, self.value_kernel.reshape(d, h, d // h))
-        z = self.out(z.reshape(b, c, -1, d))
+            kernels = jnp.split(self.value_kernel, h, 1)
+            z = jnp.stack([self._project(z[:, :, i], kernels[i]) for i in range(h)], 2)
+        z = self.out(z.reshape(b, -1, d))
         if self.norm:
             z = self.pool_norm(z)
         if self.ffn_multiplier:
             z = z + self.ffn_out(nn.gelu(self.ffn_in(z)))
             if self.norm:
                 z = self.ffn_norm(z)
-        return z
+        return z.reshape(b, c, s, d)
 
     def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return token_dot_general(x, kernel, (((2,), (0,)), ((), ())))

@@ -25,13 +25,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ctr_jax import embedding, sharding, steps
+from ctr_jax import embedding
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
-from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
-from ctr_jax.config import identity
-from ctr_jax.data import open_data
 from ctr_jax.features import Column
 from ctr_jax.long_short import LongShort, Summary
+from ctr_jax.serving import restore
 from ctr_jax.target_attention import Memory
 
 
@@ -168,35 +166,6 @@ def _without_history(embedded: EmbeddedBatch) -> EmbeddedBatch:
     )
     vectors = {k: v for k, v in embedded.vectors.items() if not k.startswith("behaviour/")}
     return EmbeddedBatch(cut, vectors)
-
-
-def restore(
-    config: ConfigDict, workdir: str | Path, step: int | None = None
-) -> tuple[steps.Experiment, dict, int]:
-    """(experiment, weights, step) of a training run, on one device.
-
-    Args:
-      step: which checkpoint; None = the best measured one, else the newest.
-    Returns:
-      weights: {"tables", "model", "model_state"}, as ctr_jax.steps.score_step takes them.
-    Raises:
-      FileNotFoundError: there is no checkpoint.
-      ConfigMismatch: it was made with another model or data set.
-    """
-    data, workdir = open_data(config), Path(workdir)
-    mesh = sharding.make_mesh(data=1, table=1)
-    checkpoints = Checkpoints(workdir, read_only=True)
-    if not checkpoints.steps():
-        raise FileNotFoundError(f"no checkpoint in {workdir}; train it first")
-    at = step or checkpoints.best(config.best_metric) or checkpoints.steps()[-1]
-    with jax.set_mesh(mesh):
-        experiment = steps.bind(config, data.spec, mesh, 1)
-        shapes = steps.state_shapes(experiment)
-        shapes = {k: shapes[k] for k in ("tables", "model", "model_state", "step")}
-        refuse_mismatch(checkpoints.identity(at), identity(config, data.spec.content_hash), workdir)
-        weights = checkpoints.restore(shapes, identity=None, step=at)
-    weights.pop("step")
-    return experiment, weights, at
 
 
 def load(config: ConfigDict, workdir: str | Path, step: int | None = None) -> ServedModel:

@@ -109,3 +109,20 @@ def test_training_and_evaluation_from_the_command_line(config_file, tmp_path):
                   "--config.model.width=5")  # fmt: skip
     assert changed.returncode != 0 and "model.width" in changed.stderr
     assert os.listdir(workdir / "checkpoints")
+
+
+@pytest.mark.slow
+def test_a_behaviour_appended_a_moment_ago_changes_the_scores(tmp_path):
+    flags = ["--config=configs/laser_alibaba.py:demo", f"--workdir={tmp_path / 'run'}",
+             "--config.data.generate.users=300", f"--config.data.raw_dir={tmp_path / 'raw'}",
+             f"--config.data.prepared_dir={tmp_path / 'prepared'}", "--config.total_epochs=0",
+             "--config.total_steps=4", "--config.model.width=16"]  # fmt: skip
+    trained = run("train.py", *flags, "--config.validate=False")
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    served = subprocess.run(
+        [sys.executable, "-m", "examples.serve_laser", *flags], capture_output=True, text=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert served.returncode == 0, served.stderr[-2000:]
+    assert "3 behaviours appended, durably" in served.stdout
+    assert "all candidates moved by" in served.stdout

@@ -31,8 +31,8 @@ BUILDERS = {
     "events": "ctr_jax.data.events:Events",
     "taobao": "ctr_jax.data.taobao:Taobao",
 }
-# Raised whenever preparation gives other records for the same options and files.
-FORMAT = 2
+# Raised whenever preparation gives other files for the same options and raw files.
+FORMAT = 3
 # Options that say where and how, not what: they do not change the prepared data set.
 _NOT_CONTENT = ("raw_dir", "prepared_dir", "memory_limit", "threads", "generate")
 

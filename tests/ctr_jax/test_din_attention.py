@@ -51,7 +51,7 @@ def reference(variables, query, keys, mask, activation, pairs=None):
     return out, moments
 
 
-def case(activation, hidden=(6, 5), tile_bytes=0):
+def case(activation, hidden=(6, 5), tile_bytes=1 << 20):
     rng = np.random.default_rng(0)
     query = rng.normal(size=(B, C, D)).astype(np.float32)
     keys = rng.normal(size=(B, L, D)).astype(np.float32)
@@ -64,15 +64,17 @@ def case(activation, hidden=(6, 5), tile_bytes=0):
     return unit, jax.tree.unflatten(tree, leaves), query, keys
 
 
-TILES = [0, B * C * 6 * 4 * 3]  # all at once; three rows at a time, so that L = 7 is ragged
+TILES = [1 << 20, B * C * 6 * 4 * 3]  # all at once; three rows at a time, so that L = 7 is ragged
 
 
+@pytest.mark.parametrize("length", [L, D - 1])  # the two ways to the first layer
 @pytest.mark.parametrize("tile_bytes", TILES)
 @pytest.mark.parametrize("activation", ["dice", "relu"])
-def test_the_unit_equals_one_mlp_per_pair(activation, tile_bytes):
+def test_the_unit_equals_one_mlp_per_pair(activation, tile_bytes, length):
     unit, variables, query, keys = case(activation, tile_bytes=tile_bytes)
-    out = unit.apply(variables, query, keys, MASK, PAIRS, train=False)
-    expected, _ = reference(variables, query, keys, MASK, activation)
+    keys, mask = keys[:, -length:], MASK[:, -length:]
+    out = unit.apply(variables, query, keys, mask, PAIRS, train=False)
+    expected, _ = reference(variables, query, keys, mask, activation)
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=1e-5)
     assert (np.asarray(out[1]) == 0).all()
 
