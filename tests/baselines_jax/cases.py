@@ -4,6 +4,7 @@ import contextlib
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,9 +16,9 @@ from ctr_jax.batch import RequestBatch
 from ctr_jax.history_model import Tokens
 
 QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
-D, LENGTH = 8, 24  # width, config.length
+D, LENGTH = 8, 13  # width, config.length
 # Small enough for every case to be in several tiles of several blocks, some ragged.
-IN_TILES = dict(tile_bytes=200, block=3)
+IN_TILES = dict(tile_bytes=200, block=5)
 MODULES = {
     "twin": lambda **kw: TWIN(heads=2, top_k=3, **kw),
     "hstu": lambda **kw: HSTU(layers=2, heads=2, length=LENGTH, **kw),
@@ -74,7 +75,7 @@ def variables_of(name):
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(1)
     leaves = [rng.normal(size=x.shape).astype(np.float32) * 0.6 for x in leaves]
-    return jax.tree.unflatten(tree, leaves)
+    return jax.device_put(jax.tree.unflatten(tree, leaves))
 
 
 @functools.cache
@@ -87,6 +88,17 @@ def interest(name, variables, tokens, tiles=False):
     with in_tiles() if tiles else contextlib.nullcontext():
         module = MODULES[name](tile_bytes=IN_TILES["tile_bytes"] if tiles else 0)
         return module.apply(variables, tokens, False)
+
+
+@functools.cache
+def differentiated(name, tiles=False):
+    """A jitted (variables, candidates, behaviours, tokens) -> gradients of a sum of sines."""
+
+    def loss(variables, candidates, behaviours, tokens):
+        tokens = tokens.replace(candidates=candidates, behaviours=behaviours)
+        return jnp.sum(jnp.sin(interest(name, variables, tokens, tiles)))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=QUICK)
 
 
 @contextlib.contextmanager

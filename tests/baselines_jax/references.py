@@ -66,7 +66,7 @@ def twin(variables, tokens, heads=2, top_k=3):
     return np.array(out)
 
 
-def hstu(variables, tokens, heads=2, length=24, layers=2):
+def hstu(variables, tokens, heads=2, length=13, layers=2):
     """`length`: n."""
     p, out = params_of(variables), []
     for rows, size, candidates, request_time in requests(tokens):
@@ -109,7 +109,7 @@ def _hstu_row(p, row, visible, heads, n):
     return place, time, later, x + gated @ p["out"]["kernel"] + p["out"]["bias"]
 
 
-def transformer(variables, tokens, heads=2, length=24, layers=2):
+def transformer(variables, tokens, heads=2, length=13, layers=2):
     """`length`: rows of the position table."""
     p, out = params_of(variables), []
     for rows, size, candidates, _ in requests(tokens):

@@ -1,7 +1,6 @@
 """TWIN, HSTU and Transformer against their formulas in float64, and what may not change them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from tests.baselines_jax.cases import (
     LENGTH,
     MODULES,
     applied,
+    differentiated,
     interest,
     of_candidates,
     padded,
@@ -19,7 +19,7 @@ from tests.baselines_jax.cases import (
     variables_of,
 )
 
-# L and C. 11 = three blocks in tiles, 1 = a single pair, LENGTH = all of the position tables.
+# L and C. 11 = two blocks in tiles, 1 = a single pair, LENGTH = all of the position tables.
 SHAPES = [(11, 3), (1, 1), (LENGTH, 2)]
 TILES = [False, True]
 SIZE = 3  # requests
@@ -47,20 +47,15 @@ def test_equal_to_the_formulas(name, tiles, tokens):
     np.testing.assert_allclose(out, expected, rtol=2e-4, atol=2e-4)
 
 
+def gradients(name, tiles):
+    tokens = case()
+    of = differentiated(name, tiles)
+    return of(variables_of(name), tokens.candidates, tokens.behaviours, tokens)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_gradients_are_finite_and_do_not_depend_on_the_tiles(name):
-    tokens, grads = case(), []
-    for tiles in TILES:
-
-        def loss(variables, candidates, behaviours, tiles=tiles):
-            given = tokens.replace(candidates=candidates, behaviours=behaviours)
-            return jnp.sum(jnp.sin(interest(name, variables, given, tiles)))
-
-        grads.append(
-            jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(
-                variables_of(name), tokens.candidates, tokens.behaviours
-            )
-        )
+    grads = [gradients(name, tiles) for tiles in TILES]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *grads)
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads[0]))  # nothing is left out
@@ -68,29 +63,25 @@ def test_gradients_are_finite_and_do_not_depend_on_the_tiles(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_gradients_equal_differences_of_the_formulas(name):
-    tokens, variables = case(), variables_of(name)
-    rng = np.random.default_rng(3)
-    step = rng.normal(size=tokens.behaviours.shape) * tokens.batch.behaviour_mask[..., None]
-    step_q = rng.normal(size=tokens.candidates.shape)
-    reference = getattr(references, name)
+    tokens, rng = case(), np.random.default_rng(3)
+    directions = (
+        jax.tree.map(lambda x: rng.normal(size=x.shape), variables_of(name)),
+        rng.normal(size=tokens.candidates.shape),
+        rng.normal(size=tokens.behaviours.shape) * tokens.batch.behaviour_mask[..., None],
+    )
 
     def moved(by):
-        return reference(
-            variables,
-            tokens.replace(
-                candidates=tokens.candidates + by * step_q, behaviours=tokens.behaviours + by * step
-            ),
+        variables, candidates, behaviours = jax.tree.map(
+            lambda x, to: np.asarray(x, np.float64) + by * to,
+            (variables_of(name), tokens.candidates, tokens.behaviours),
+            directions,
         )
-
-    eps = 1e-5
-    expected = np.sum(np.sin(moved(eps)) - np.sin(moved(-eps))) / (2 * eps)
-
-    def loss(candidates, behaviours):
         given = tokens.replace(candidates=candidates, behaviours=behaviours)
-        return jnp.sum(jnp.sin(interest(name, variables, given, True)))
+        return np.sum(np.sin(getattr(references, name)(variables, given)))
 
-    of_q, of_x = jax.jit(jax.grad(loss, (0, 1)))(tokens.candidates, tokens.behaviours)
-    np.testing.assert_allclose(np.sum(of_q * step_q) + np.sum(of_x * step), expected, rtol=2e-3)
+    expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    products = jax.tree.map(lambda g, to: np.sum(g * to), gradients(name, True), directions)
+    np.testing.assert_allclose(sum(jax.tree.leaves(products)), expected, rtol=2e-3)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -107,9 +98,8 @@ def test_candidates_do_not_see_one_another(name):
 def test_more_left_padding_changes_nothing(name, tiles):
     tokens, variables = case(), variables_of(name)
     out = applied(name, tiles)(variables, tokens)
-    for by in (1, LENGTH - 11):
-        again = applied(name, tiles)(variables, padded(tokens, by))
-        np.testing.assert_allclose(again, out, rtol=1e-5, atol=1e-5)
+    again = applied(name, tiles)(variables, padded(tokens, LENGTH - 11))
+    np.testing.assert_allclose(again, out, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -126,5 +116,5 @@ def test_what_stands_in_padding_changes_nothing(name):
 
 @pytest.mark.parametrize("name", ["hstu", "transformer"])
 def test_a_history_longer_than_the_position_table_is_refused(name):
-    with pytest.raises(ValueError, match="config.length=24"):
+    with pytest.raises(ValueError, match="config.length=13"):
         interest(name, variables_of(name), tokens_of((3,), LENGTH + 1, 1))
