@@ -15,9 +15,11 @@ item: for the newest behaviour and for a candidate, which is the item after it, 
 A behaviour sees the valid ones at j <= i; a candidate all valid ones and itself, no other candidate
 (the isolated targets of the published ranking model: one position and one time for all).
 
-The paper gives no sizes but FLOPs (3.7e8 at L = 1000). Only the candidates' outputs are used, so
-the last layer forms V and K of the history and nothing else of it: with one layer the history is
-not contextualised, and self-attention over it begins with the second.
+LASER's paper gives no sizes but FLOPs: 3.7e8 at L = 1000, which at d = 128 is about one layer with
+queries of all behaviours (5 d^2 L + 2 d L^2 = 3.4e8 multiply-adds). Only the candidates' outputs
+are used, so the last layer here forms V and K of the history and nothing else of it: one layer
+costs 2 d^2 L = 3.3e7 and does not contextualise the history, which begins with the second. Two
+layers cost 3.7e8, less 3/4 d L^2 = 1.0e8 that causal tiles leave out.
 
 The history is encoded once for all candidates, in tiles of queries (ctr_jax/query_tiles.py).
 

@@ -8,9 +8,11 @@ Attn: H heads, softmax(q k / sqrt(K)) over the valid behaviours at j <= i. A can
 valid behaviours and itself, no other candidate, and all candidates stand at one position, the one
 after the newest behaviour. W_Q, W_K, W_V, W_O have no bias; W_1 (4 d wide) and W_2 do.
 
-The paper gives no sizes but FLOPs (3.6e8 at L = 1000). Only the candidates' outputs are used, so
-the last layer forms keys and values of the history and nothing else of it: with one layer the
-history is not contextualised, and self-attention over it begins with the second.
+LASER's paper gives no sizes but FLOPs: 3.6e8 at L = 1000, which at d = 128 is about one layer with
+queries of all behaviours (4 d^2 L + 2 d L^2 = 3.2e8 multiply-adds, and the FFN). Only the
+candidates' outputs are used, so the last layer here forms keys and values of the history and
+nothing else of it: one layer costs 2 d^2 L = 3.3e7 and does not contextualise the history, which
+begins with the second. Two layers cost 4.9e8, less 3/4 d L^2 = 1.0e8 that causal tiles leave out.
 
 The history is encoded once for all candidates, in tiles of queries (ctr_jax/query_tiles.py).
 
