@@ -4,18 +4,18 @@ import jax
 import numpy as np
 import pytest
 
-from baselines_jax import base, din
+from baselines_jax import base, din, hstu, transformer, twin
 from tests.lrea_jax.cases import QUICK, SPEC, batch_of, changed
 
-MODULES = {"base": base, "din": din}
+MODULES = dict(base=base, din=din, hstu=hstu, transformer=transformer, twin=twin)
+CHANGED = dict(base=dict(short_length=4), twin=dict(top_k=3))
 
 
 def built(name, **kwargs):
     module = MODULES[name]
     config = module.default_config()
     config.update(embedding_width=3, width=8, head_hidden=(6,))
-    if name == "base":
-        config.short_length = 4
+    config.update(CHANGED.get(name, {}))
     config.lock()
     model, columns = module.build(config, SPEC)
     embedded = batch_of(columns, **kwargs)
