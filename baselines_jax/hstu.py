@@ -18,8 +18,8 @@ A behaviour sees the valid ones at j <= i; a candidate all valid ones and itself
 LASER's paper gives no sizes but FLOPs: 3.7e8 at L = 1000, which at d = 128 is about one layer with
 queries of all behaviours (5 d^2 L + 2 d L^2 = 3.4e8 multiply-adds). Only the candidates' outputs
 are used, so the last layer here forms V and K of the history and nothing else of it: one layer
-costs 2 d^2 L = 3.3e7 and does not contextualise the history, which begins with the second. Two
-layers cost 3.7e8, less 3/4 d L^2 = 1.0e8 that causal tiles leave out.
+costs 2 d^2 L = 3.3e7 and does not contextualise the history, which begins with the second. So two
+layers are the default: 3.7e8, less 3/4 d L^2 = 1.0e8 that causal tiles leave out.
 
 The history is encoded once for all candidates, in tiles of queries (ctr_jax/query_tiles.py).
 
@@ -44,9 +44,9 @@ BUCKETS = 128  # w has one more
 
 
 def default_config() -> ConfigDict:
-    """One layer of two heads at d = 128."""
+    """Two layers of two heads at d = 128."""
     config = history_model.default_config("baselines_jax.hstu")
-    config.num_layers = 1
+    config.num_layers = 2
     config.num_heads = 2
     config.length = 1000  # n: the longest history
     return config
@@ -79,7 +79,7 @@ class HSTU(nn.Module):
       tile_bytes: as in ctr_jax/query_tiles.py.
     """
 
-    layers: int = 1
+    layers: int = 2
     heads: int = 2
     length: int = 1000
     tile_bytes: int = 0

@@ -12,7 +12,8 @@ LASER's paper gives no sizes but FLOPs: 3.6e8 at L = 1000, which at d = 128 is a
 queries of all behaviours (4 d^2 L + 2 d L^2 = 3.2e8 multiply-adds, and the FFN). Only the
 candidates' outputs are used, so the last layer here forms keys and values of the history and
 nothing else of it: one layer costs 2 d^2 L = 3.3e7 and does not contextualise the history, which
-begins with the second. Two layers cost 4.9e8, less 3/4 d L^2 = 1.0e8 that causal tiles leave out.
+begins with the second. So two layers are the default: 4.9e8, less 3/4 d L^2 = 1.0e8 that causal
+tiles leave out.
 
 The history is encoded once for all candidates, in tiles of queries (ctr_jax/query_tiles.py).
 
@@ -35,9 +36,9 @@ from ctr_jax.query_tiles import heads_last, over_tiles, tokens_last
 
 
 def default_config() -> ConfigDict:
-    """One layer of two heads at d = 128."""
+    """Two layers of two heads at d = 128."""
     config = history_model.default_config("baselines_jax.transformer")
-    config.num_layers = 1
+    config.num_layers = 2
     config.num_heads = 2
     config.length = 1000  # rows of P: the longest history
     return config
@@ -64,7 +65,7 @@ class Transformer(nn.Module):
       tile_bytes: as in ctr_jax/query_tiles.py.
     """
 
-    layers: int = 1
+    layers: int = 2
     heads: int = 2
     length: int = 1000
     tile_bytes: int = 0

@@ -66,6 +66,8 @@ def put_model(config: ConfigDict, row: str, *, short_length: int) -> None:
     config.model = importlib.import_module(ROWS[row]).default_config()
     config.model.width = 128
     config.model.short_length = short_length
+    if "length" in config.model:  # the longest history of HSTU and Transformer
+        config.model.length = config.history_length
     if row == "base":  # reads no more
         config.history_length = short_length
     for optimizer in (config.optimizer, config.table_optimizer):

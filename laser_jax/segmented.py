@@ -8,11 +8,12 @@ note: L = 1000, w = 10, d = 128). The equations are not published. Decided here 
     z_j = sum over segment j of mask_l a_l (x_l W_V)           per head; a sum, so that a segment of
     z_j = LN(concat_h(z_j) W_O);  z_j = LN(z_j + FFN(z_j))     irrelevant behaviours stays near zero
 
-Segments are aligned so that the newest is full. Work on the history is done once for all
-candidates, in one of two orders each for keys and values, whichever costs less:
+Segments are aligned so that the newest is full. Two orders of the projections give the same; the
+one with fewer multiplications is taken:
 
-    keys    shared: x W_K, then scores of width k     folded: q W_Q W_K^T, scores of width d
-    values  shared: x W_V, then sums of width d / H   pooled: sums of width d, then W_V
+    shared         x W_K and x W_V once for all candidates; scores of width k, sums of width d / H
+    per_candidate  q W_Q W_K^T meets x itself, and W_V comes after the sums; scores and sums of
+                   width d, for each head
 
 Axis letters: B requests, C candidates, L history, S segments, w segment size, d model width, H
 heads, k query width.
@@ -20,6 +21,7 @@ heads, k query width.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import flax.linen as nn
@@ -36,16 +38,17 @@ POOLS = ("sum", "mean")
 
 @flax.struct.dataclass
 class History:
-    """A request's behaviours as all its candidates read them.
+    """A request's behaviours as all its candidates read them, padded on the left to L' = S w.
 
     Attributes:
-      keys: [B, L', H, k] x W_K, or [B, L', 1, d] the behaviours themselves (folded order).
-      values: [B, L', H, d / H] x W_V, or [B, L', 1, d] the behaviours themselves (pooled order).
-      mask: [B, L'] bool. L' is L padded on the left to a multiple of w.
+      behaviours: [B, L', d].
+      keys, values: [B, L', H, k] and [B, L', H, d / H] in the shared order, else None.
+      mask: [B, L'] bool.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    behaviours: jax.Array
+    keys: jax.Array | None
+    values: jax.Array | None
     mask: jax.Array
 
     def segments(self, segment: int) -> jax.Array:
@@ -53,36 +56,90 @@ class History:
         return self.mask.reshape(len(self.mask), -1, segment).any(-1)
 
 
-def gated_sums(
-    query: jax.Array, history: History, bias: jax.Array, segment: int, gate: str = "sigmoid"
-) -> jax.Array:
-    """sum over each segment of mask_l a_l values_l.
+def gated_sums(query, keys, values, mask, bias, segment: int, gate: str = "sigmoid") -> jax.Array:
+    """sum over each segment of mask_l gate_l values_l.
 
     Args:
-      query: [B, C, H, k or d], scaled; as wide as history.keys.
+      query: [B, C, H, k], scaled. keys: [B, L, H, k]. values: [B, L, H, v]. mask: [B, L] bool.
       bias: [H].
       gate: "sigmoid", or "softmax" over each segment's behaviours.
     Returns:
-      [B, C, S, H, values' width].
+      [B, C, S, H, v].
     """
-    (b, c, h, _), length = query.shape, history.mask.shape[1]
-    if history.keys.shape[2] == 1:
-        scores = jnp.einsum("bchk,blk->bchl", query, history.keys[:, :, 0])
+    scores = jnp.einsum("bchk,blhk->bchl", query, keys) + bias[:, None]
+    gates = _in_segments(_gates(scores, mask[:, None, None], segment, gate), segment)
+    # Segments lead: a small product per segment.
+    values = values.reshape(len(values), -1, segment, *values.shape[2:])
+    return jnp.moveaxis(jnp.einsum("bchsw,bswhv->bschv", gates, values), 1, 2)
+
+
+def pooled_sums(query, x, mask, bias, segment: int, gate: str = "sigmoid") -> jax.Array:
+    """gated_sums with the behaviours themselves as keys and values of all heads.
+
+    Args:
+      query: [B, C, H, d], scaled. x: [B, L, d]. mask: [B, L] bool. bias: [H].
+    Returns:
+      [B, C, S, H, d].
+    """
+    b, c, h, d = query.shape
+    rows = query.reshape(b, c * h, d), x, mask, jnp.tile(bias, c)
+    if gate == "sigmoid":
+        sums = _sigmoid_sums(*rows, segment)
     else:
-        scores = jnp.einsum("bchk,blhk->bchl", query, history.keys)
-    scores = scores.reshape(b, c, h, length // segment, segment) + bias[:, None, None]
-    mask = history.mask.reshape(b, 1, 1, length // segment, segment)
-    if gate == "softmax":
-        gates = masked_softmax(scores, mask)
-    else:
-        gates = jnp.where(mask, jax.nn.sigmoid(scores), 0)
-    values = history.values.reshape(b, length // segment, segment, *history.values.shape[2:])
-    # Segments lead: a small product per segment, candidates and heads together as its rows.
-    if values.shape[3] == 1:
-        sums = jnp.einsum("bchsw,bswv->bschv", gates, values[..., 0, :])
-    else:
-        sums = jnp.einsum("bchsw,bswhv->bschv", gates, values)
-    return jnp.moveaxis(sums, 1, 2)
+        scores = jnp.einsum("bmd,bld->bml", rows[0], x) + rows[3][:, None]
+        sums = _weighted(_gates(scores, mask[:, None], segment, gate), x, segment)
+    return jnp.moveaxis(sums.reshape(b, c, h, -1, d), 2, 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _sigmoid_sums(query, x, mask, bias, segment):
+    return _sigmoid_forward(query, x, mask, bias, segment)[0]
+
+
+def _sigmoid_forward(query, x, mask, bias, segment):
+    """query [B, M, d], bias [M] -> [B, M, S, d]."""
+    scores = jnp.einsum("bmd,bld->bml", query, x) + bias[:, None]
+    gates = _gates(scores, mask[:, None], segment, "sigmoid")
+    return _weighted(gates, x, segment), (query, x, gates)
+
+
+def _sigmoid_backward(segment, residuals, d_sums):
+    query, x, gates = residuals
+    b, m, s, d = d_sums.shape
+    d_gates = jnp.einsum("bmsd,bswd->bmsw", d_sums, x.reshape(b, s, segment, d))
+    d_scores = d_gates.reshape(gates.shape) * gates * (1 - gates)
+    # x is keys and values at once: one pass writes its gradient, where two products would write
+    # two arrays of its size and add them.
+    by_segment = [_in_segments(a, segment)[..., None] for a in (gates, d_scores)]
+    d_x = sum(
+        by_segment[0][:, i] * d_sums[:, i, :, None] + by_segment[1][:, i] * query[:, i, None, None]
+        for i in range(m)
+    )
+    d_query = jnp.einsum("bml,bld->bmd", d_scores, x)
+    return d_query, d_x.reshape(x.shape), None, d_scores.sum((0, 2))
+
+
+_sigmoid_sums.defvjp(_sigmoid_forward, _sigmoid_backward)
+
+
+def _weighted(gates, x, segment):
+    """gates [B, M, L], x [B, L, d] -> sums over segments [B, M, S, d], in one pass."""
+    b, length, d = x.shape
+    gates, x = _in_segments(gates, segment), x.reshape(b, 1, -1, segment, d)
+    return sum(gates[..., i, None] * x[..., i, :] for i in range(segment))
+
+
+def _gates(scores, mask, segment, gate):
+    """[..., L] -> [..., L], 0 where masked."""
+    if gate == "sigmoid":
+        return jnp.where(mask, jax.nn.sigmoid(scores), 0)
+    mask = jnp.broadcast_to(mask, scores.shape)
+    return masked_softmax(*(_in_segments(a, segment) for a in (scores, mask))).reshape(scores.shape)
+
+
+def _in_segments(x, segment):
+    """[..., L] -> [..., S, w]."""
+    return x.reshape(*x.shape[:-1], -1, segment)
 
 
 class SegmentedTargetAttention(nn.Module):
@@ -132,40 +189,35 @@ class SegmentedTargetAttention(nn.Module):
         left = -length % self.segment
         x = jnp.pad(behaviours, ((0, 0), (left, 0), (0, 0)))
         mask = jnp.pad(mask, ((0, 0), (left, 0)))
-        keys = values = x[:, :, None]
-        fold, pool = self.per_candidate(length + left, candidates)
-        if not fold:
-            keys = self._project(x, self.key_kernel).reshape(b, -1, self.num_heads, self.key_width)
-        if not pool:
-            values = self._project(x, self.value_kernel).reshape(b, x.shape[1], self.num_heads, -1)
-        return History(keys, values, mask)
+        if self.per_candidate(length + left, candidates):
+            return History(x, None, None, mask)
+        heads = (b, length + left, self.num_heads, -1)
+        keys, values = (_product(x, w).reshape(heads) for w in (self.key_kernel, self.value_kernel))
+        return History(x, keys, values, mask)
 
-    def per_candidate(self, length: int, candidates: int) -> tuple[bool, bool]:
-        """(fold keys, pool before the value projection): the cheaper order of each, in
-        multiplications, unless `order` says."""
+    def per_candidate(self, length: int, candidates: int) -> bool:
+        """Whether that order needs fewer multiplications, unless `order` says."""
         if self.order != "auto":
-            return (self.order == "per_candidate",) * 2
+            return self.order == "per_candidate"
         d, h, k = self.width, self.num_heads, self.key_width
-        fold = candidates * (d * h * k + h * length * d) < length * h * k * (d + candidates)
-        pool = candidates * (h * length * d + length // self.segment * d * d) < length * d * (
-            d + candidates
-        )
-        return fold, pool
+        of_one = d * h * k + 2 * h * length * d + length // self.segment * d * d
+        return candidates * of_one < length * (h * k + d) * (d + candidates)
 
     def __call__(self, candidates: jax.Array, history: History) -> jax.Array:
         """candidates [B, C, d] -> segments [B, C, S, d]. Those without a behaviour hold anything:
         history.segments(w) tells them."""
         (b, c, d), h, k = candidates.shape, self.num_heads, self.key_width
         query = (candidates @ (self.query_kernel * k**-0.5)).reshape(b, c, h, k)
-        if history.keys.shape[2:] == (1, d):
+        how = (history.mask, self.bias, self.segment, self.gate)
+        if history.keys is None:
             query = jnp.einsum("bchk,dhk->bchd", query, self.key_kernel.reshape(d, h, k))
-        z = gated_sums(query, history, self.bias, self.segment, self.gate)
+            z = pooled_sums(query, history.behaviours, *how)
+            z, kernels = z.reshape(b, -1, h, d), jnp.split(self.value_kernel, h, 1)
+            z = jnp.concatenate([_product(z[:, :, i], kernels[i]) for i in range(h)], -1)
+        else:
+            z = gated_sums(query, history.keys, history.values, *how)
         if self.pool == "mean":
             z = z / self.segment
-        s, z = z.shape[2], z.reshape(b, -1, h, z.shape[-1])
-        if history.values.shape[2:] == (1, d):
-            kernels = jnp.split(self.value_kernel, h, 1)
-            z = jnp.stack([self._project(z[:, :, i], kernels[i]) for i in range(h)], 2)
         z = self.out(z.reshape(b, -1, d))
         if self.norm:
             z = self.pool_norm(z)
@@ -173,7 +225,9 @@ class SegmentedTargetAttention(nn.Module):
             z = z + self.ffn_out(nn.gelu(self.ffn_in(z)))
             if self.norm:
                 z = self.ffn_norm(z)
-        return z.reshape(b, c, s, d)
+        return z.reshape(b, c, -1, d)
 
-    def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return token_dot_general(x, kernel, (((2,), (0,)), ((), ())))
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[B, n, i] x [i, o]."""
+    return token_dot_general(x, kernel, (((2,), (0,)), ((), ())))
