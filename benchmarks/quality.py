@@ -44,6 +44,21 @@ ABLATIONS = {
 }
 
 
+# LASER's ablation table, its sizes and lengths (paper's summary; laser.md).
+LASER_ABLATIONS = {
+    "LASER": {},
+    "no recency embedding": {"model.recency": False},
+    "no fusion": {"model.fusion": "none"},
+    "no FFN, no LayerNorm": {"model.ffn_multiplier": 0, "model.norm": False},
+    "no LayerNorm": {"model.norm": False},
+    "softmax for sigmoid": {"model.gate": "softmax"},
+    "segments of 5": {"model.segment": 5},
+    "segments of 20": {"model.segment": 20},
+    **{f"{m} GSTA layers": {"model.num_layers": m} for m in (1, 3, 4)},
+    **{f"L={n}": {"history_length": n} for n in (500, 2000, 4000)},
+}
+
+
 def studies() -> dict[str, dict[str, dict]]:
     """{study: {row: {"config", "changes"}}}."""
     movielens, kuairand = "sparsectr_movielens.py", "sparsectr_kuairand.py"
@@ -76,6 +91,21 @@ def studies() -> dict[str, dict[str, dict]]:
             "DIN, full": _row("din_alibaba.py:demo"),
         },
         "effects": effects,
+        "laser_movielens": {
+            name: _row(f"laser_movielens.py:{row}")
+            for name, row in (
+                ("Base, L=50", "base"),
+                ("DIN", "din"),
+                ("TWIN", "twin"),
+                ("HSTU", "hstu"),
+                ("Transformer", "transformer"),
+                ("LASER", "laser"),
+            )
+        },
+        "laser_ablations": {
+            name: _row("laser_alibaba.py:long", **changes)
+            for name, changes in LASER_ABLATIONS.items()
+        },
     }
 
 
