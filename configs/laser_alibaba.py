@@ -75,7 +75,7 @@ def put_model(config: ConfigDict, row: str, *, short_length: int) -> None:
     for optimizer in (config.optimizer, config.table_optimizer):
         optimizer.learning_rate, optimizer.schedule = 1e-3, "constant"
     config.optimizer.name, config.optimizer.b2 = "adam", 0.9999
-    # Adagrad that starts from nothing: beside the usual .1 the gradients of single rows are so small
-    # that tables hardly move.
+    # Adagrad that starts from nothing: beside the usual .1 the gradients of single rows are so
+    # small that tables hardly move (docs/laser.md).
     config.table_optimizer.name, config.table_optimizer.initial_accumulator = "adagrad", 1e-6
     config.table_optimizer.learning_rate = 0.02
