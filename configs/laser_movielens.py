@@ -19,5 +19,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.name = "_".join([row, "movielens", *rest])
     config.history_length = 200
     laser_alibaba.put_model(config, row, short_length=50)
-    config.model.base_rate = 0.575
+    config.model.width, config.model.base_rate = 64, 0.575
     return config
