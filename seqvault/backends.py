@@ -20,7 +20,7 @@ from seqvault.chains import read_parts
 from seqvault.errors import DamagedError, VaultError
 from seqvault.files import Files
 from seqvault.part import NEVER, NO_PLACE, PREFIX, bound, encode
-from seqvault.querying import check_question, checked_ends, times_of
+from seqvault.querying import check_question, checked_ends, times_of, user_ids
 from seqvault.reading import Layout
 from seqvault.schema import TIME, Schema, check_values, words_of
 from seqvault.unpacking import (
@@ -31,8 +31,7 @@ from seqvault.unpacking import (
     STATUS,
     TAKEN,
 )
-from seqvault.vault import BLOCK_ROWS, user_ids
-from seqvault.writing import cuts
+from seqvault.writing import BLOCK_ROWS, cuts
 
 
 class Backend(Protocol):

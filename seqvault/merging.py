@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 GROUP = 256  # users that are read, packed and committed together
 _CARRY_ROWS = 1 << 18
+_LOG_BYTES = 64 << 20  # a log longer than this, and than a checkpoint, is due for one
 
 
 def file_entry(name: str, data: bytes) -> dict:
@@ -188,11 +189,9 @@ def chain_places(state: State, number: int, users: np.ndarray) -> dict[int, set[
 
 def checkpoint_is_due(state: State) -> bool:
     """Whether the log is long, in itself and against what a checkpoint writes."""
-    from seqvault.vault import LOG_BYTES
-
     index = sum(s.index.count for s in state.streams) * ENTRY.itemsize
     tails = sum(s.tail.live for s in state.streams) * 24
-    return state.log_end > max(LOG_BYTES, 2 * (index + tails))
+    return state.log_end > max(_LOG_BYTES, 2 * (index + tails))
 
 
 def checkpoint(vault: Vault, schema: Schema | None = None) -> None:

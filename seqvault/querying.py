@@ -214,6 +214,25 @@ def resolve(looked: Looked, users: np.ndarray, before: np.ndarray) -> np.ndarray
     return resolve_parts(looked, users, before) + _fresh_before(looked, before)
 
 
+def user_ids(users: np.ndarray) -> np.ndarray:
+    """`users` as [B] int64; unsigned numbers of 64 bits keep their bits.
+
+    Raises:
+      VaultError: they are not a vector of integers.
+    """
+    users = np.asarray(users)
+    if users.ndim != 1 or (users.dtype.kind not in "iu" and users.size):
+        raise VaultError(f"users must be a vector of integers, not {users.dtype}{users.shape}")
+    return np.ascontiguousarray(users.astype(np.int64, copy=False))
+
+
+def one_user(user: int) -> np.int64:
+    """One user id as int64. Raises VaultError if it is no number of 64 bits."""
+    if not -(1 << 63) <= user < 1 << 64:
+        raise VaultError(f"user {user} is no number of 64 bits")
+    return np.uint64(user).astype(np.int64) if user >= 1 << 63 else np.int64(user)
+
+
 def check_question(n: int, before: np.ndarray | None, end: np.ndarray | None) -> None:
     """Raises VaultError unless `last_n` can be asked so, of any kind of store."""
     if end is not None and before is not None:

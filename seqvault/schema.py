@@ -11,6 +11,7 @@ import numpy as np
 from seqvault.errors import VaultError
 
 TIME = "time"
+DEFAULT = "default"  # the stream of a vault that has one
 RESERVED = ("user", TIME, "mask", "stream")
 MAX_COLUMNS, MAX_VERSIONS = 200, 65_535
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

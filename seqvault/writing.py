@@ -12,6 +12,7 @@ from seqvault.index import place_of
 from seqvault.part import NO_PLACE, bound, encode
 from seqvault.segments import segment_path
 
+BLOCK_ROWS = 1024
 SEGMENT_BYTES = 256 << 20
 _BUFFER_BYTES = 4 << 20
 
