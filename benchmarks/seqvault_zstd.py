@@ -111,7 +111,8 @@ def of_responses(vault: seqvault.Vault, users: np.ndarray, rounds: int) -> dict[
     for level in (1, 3):
         for name, make in (("arrays", arrays), ("parts", parts)):
             out[f"{name}, zstd {level}"] = figures(
-                zstandard.compress(make(), level), lambda m=make: zstandard.compress(m(), level)
+                zstandard.compress(make(), level),
+                lambda make=make, level=level: zstandard.compress(make(), level),
             )
     for level in (0, 1, 3):
         out[f"wire, level {level}"] = figures(

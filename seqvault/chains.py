@@ -117,9 +117,8 @@ def _read_chain(
         if result[STATUS] != DONE or (first >= 0 and result[FIRST] >= first):
             found[0] = DAMAGED  # a chain must lead to older rows
             break
-        if first < 0:
-            found[3] = result[FIRST]
         first = result[FIRST]
+        found[3] = first
         if not settled:
             found[2] = result[REACHED]
             settled = result[REACHED] > first
@@ -127,6 +126,7 @@ def _read_chain(
         right -= result[TAKEN]
         want -= result[TAKEN]
         place, size = result[PREVIOUS], result[PREVIOUS_BYTES]
+        hint = TRAILER + 8192 + want * 16
         if not follow or (want == 0 and settled):
             break
     found[4], found[5] = place, size
@@ -146,7 +146,7 @@ def read_chains(
       places, part_bytes: [k] the newest part; place NO_PLACE: no rows.
       follow: whether to go on to older parts.
       found: [k, FOUND] int64, zero; filled: status, rows taken, position reached, first row of the
-        newest part, the part before the oldest one read and its bytes, preads.
+        oldest part read, the part before that and its bytes, preads.
       The others as in `read_parts`.
     """
     dictionaries = np.zeros((256, 4), np.int64)

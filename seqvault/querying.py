@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -161,7 +162,8 @@ def _last_n_late(looked, users, n, cut, by_time, out, taken, positions) -> None:
     else:
         befores, skips = None, looked.totals - cut
     wants = np.minimum(looked.rows, n + skips)
-    starts, columns = together(looked, users, befores, wants)
+    starts, found = together(looked, users, befores, wants)
+    columns = found.columns
     for i, position in enumerate(positions.tolist()):
         a, b = int(starts[i]), int(starts[i + 1])
         if by_time:
@@ -176,8 +178,8 @@ def _last_n_late(looked, users, n, cut, by_time, out, taken, positions) -> None:
 
 def together(
     looked: Looked, users: np.ndarray, befores: np.ndarray | None, wants: np.ndarray
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(starts [B + 1], columns): the last `wants` rows of parts and all fresh ones, by time."""
+) -> tuple[np.ndarray, Found]:
+    """(starts [B + 1], found): the last `wants` rows of parts and all fresh ones, by time."""
     if befores is None:
         taken = np.minimum(wants, looked.rows)
     else:
@@ -187,7 +189,7 @@ def together(
     rights = starts[1:] - counts
     found = looked.read(users, looked.rows, befores, taken, rights, int(starts[-1]))
     if looked.starts is None:
-        return starts, found.columns
+        return starts, found
     target = np.repeat(rights - looked.starts[:-1], counts)
     target += np.arange(looked.starts[-1])
     for name, values in found.columns.items():
@@ -199,7 +201,7 @@ def together(
             order = np.argsort(found.columns[TIME][mine], kind="stable")
             for values in found.columns.values():
                 values[mine] = values[mine][order]
-    return starts, found.columns
+    return starts, found
 
 
 def resolve_parts(looked: Looked, users: np.ndarray, before: np.ndarray) -> np.ndarray:
@@ -282,8 +284,8 @@ def flat_blocks(
         last = max(first + 1, int(np.searchsorted(ends, done + block_rows, side="right")))
         which = np.arange(first, last)
         part = looked.part(which)
-        starts, columns = together(part, users[which], None, part.rows)
-        yield {"user": np.repeat(users[which], np.diff(starts)), **columns}
+        starts, found = together(part, users[which], None, part.rows)
+        yield {"user": np.repeat(users[which], np.diff(starts)), **found.columns}
         first, done = last, int(ends[last - 1])
 
 
@@ -292,12 +294,12 @@ def new_events(state: State, stream: int, users: np.ndarray, ids: np.ndarray) ->
     name = state.schema.event_id
     who, which = np.unique(users, return_inverse=True)
     looked = look_up(state, stream, who, (name,))
-    starts, columns = together(looked, who, None, looked.rows)
+    starts, found = together(looked, who, None, looked.rows)
     new = np.ones(len(users), bool)
     order = np.argsort(which, kind="stable")
     edges = np.searchsorted(which[order], np.arange(len(who) + 1))
     for i in range(len(who)):
-        known = columns[name][starts[i] : starts[i + 1]]
+        known = found.columns[name][starts[i] : starts[i + 1]]
         mine = order[edges[i] : edges[i + 1]]
         first = np.zeros(len(mine), bool)
         first[np.unique(ids[mine], return_index=True)[1]] = True
@@ -308,7 +310,10 @@ def new_events(state: State, stream: int, users: np.ndarray, ids: np.ndarray) ->
 def stats(vault: Vault) -> dict:
     """See Vault.stats."""
     state = vault._state
-    files = {f.name: f.stat().st_size for f in vault.path.iterdir() if f.is_file()}
+    files = {}
+    for file in vault.path.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint removes some meanwhile
+            files[file.name] = file.stat().st_size
     blocks = sum(size for name, size in files.items() if name.startswith("blocks"))
     streams = {}
     for name, stream in zip(state.names, state.streams, strict=True):

@@ -95,7 +95,7 @@ class Found(NamedTuple):
     Attributes:
       taken: [B] rows of each user.
       reached: [B] rows of the user that limit and time let see.
-      first: [B] the position of the newest part's first row.
+      first: [B] the position of the first row of the oldest part read.
       previous, previous_bytes: [B] the part before the oldest one read.
       columns: {column: [cells]}.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -39,6 +40,9 @@ class Vault(Reader):
         super().__init__(path, state)
         self._files = files
         self._lock_fd = lock
+        # Held by whoever writes; `_mutex` only while the state in memory changes, so that reads
+        # go on while the disk works.
+        self._writing = threading.RLock()
         self._log: File | None = None
         self._parts: PartWriter | None = None
         self._broken: str | None = None
@@ -148,7 +152,7 @@ class Vault(Reader):
 
     def close(self) -> None:
         """Releases files and the writer's lock; everything acknowledged is in the files."""
-        with self._mutex:
+        with self._writing, self._mutex:
             for file in (self._log, self._parts):
                 if file is not None:
                     file.close()
@@ -210,7 +214,7 @@ class Vault(Reader):
         See `append`.
         """
         columns = self._checked(users, behaviours)
-        with self._mutex:
+        with self._writing:
             self._must_write()
             state, number = self._state, self._state.stream(stream)
             users = user_ids(users)
@@ -220,7 +224,8 @@ class Vault(Reader):
             if len(users):
                 payload = log.append_payload(number, state.schema, users, columns)
                 self._logged(log.frame(log.APPEND, payload), sync)
-                state.streams[number].add(users, columns)
+                with self._mutex:
+                    state.streams[number].add(users, columns)
             return len(users)
 
     def _checked(
@@ -279,7 +284,7 @@ class Vault(Reader):
         Raises:
           VaultError: as `append`; the columns are not sorted; a user is there already.
         """
-        with self._mutex:
+        with self._writing:
             self._must_write()
             return merging.bulk_load(self, blocks, self._state.stream(stream))
 
@@ -289,13 +294,13 @@ class Vault(Reader):
         Args:
           budget: stops when this many bytes of parts are written; None merges all.
           min_rows: leaves tails shorter than this where they are: a tail costs the rewriting of
-            up to twice `block_rows` behaviours, however short it is.
+            the newest part at least, up to twice `block_rows` behaviours, however short it is.
         Returns:
           Bytes of parts written; 0 when there was nothing to do.
         Raises:
           VaultError: as `append`. The fresh tails then stay where they are.
         """
-        with self._mutex:
+        with self._writing:
             self._must_write()
             return merging.merge(self, budget, min_rows)
 
@@ -305,7 +310,7 @@ class Vault(Reader):
         Returns:
           Bytes of parts written, at most about `budget`.
         """
-        with self._mutex:
+        with self._writing:
             self._must_write()
             return merging.reclaim(self, budget, dead)
 
@@ -314,7 +319,7 @@ class Vault(Reader):
 
         `merge` does so when the log is long. With `schema` the vault goes on under a newer one.
         """
-        with self._mutex:
+        with self._writing:
             self._must_write()
             merging.checkpoint(self, schema)
 
