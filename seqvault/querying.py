@@ -301,10 +301,15 @@ def new_events(state: State, stream: int, users: np.ndarray, ids: np.ndarray) ->
     for i in range(len(who)):
         known = found.columns[name][starts[i] : starts[i + 1]]
         mine = order[edges[i] : edges[i + 1]]
-        first = np.zeros(len(mine), bool)
-        first[np.unique(ids[mine], return_index=True)[1]] = True
-        new[mine] = first & ~np.isin(ids[mine], known)
+        new[mine] = first_unknown(ids[mine], known)
     return new
+
+
+def first_unknown(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """[N] bool: whether each of `ids` is not among the `known` ones, nor earlier in `ids`."""
+    first = np.zeros(len(ids), bool)
+    first[np.unique(ids, return_index=True)[1]] = True
+    return first & ~np.isin(ids, known)
 
 
 def stats(vault: Vault) -> dict:

@@ -136,6 +136,25 @@ def check_values(name: str, values: np.ndarray, dtype: np.dtype) -> None:
         raise error
 
 
+def checked_columns(
+    schema: Schema, users: np.ndarray, behaviours: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """`behaviours` of `users` [N] in the schema's types. Raises VaultError if they do not fit."""
+    stored = schema.stored
+    if set(behaviours) != set(stored):
+        raise VaultError(f"columns {sorted(behaviours)}, the schema wants {sorted(stored)}")
+    columns = {}
+    for name, dtype in stored.items():
+        values = np.asarray(behaviours[name])
+        if values.shape != (len(users),):
+            raise VaultError(
+                f"column {name!r} has shape {values.shape}, there are {len(users)} users"
+            )
+        check_values(name, values, dtype)
+        columns[name] = values.astype(dtype, copy=False)
+    return columns
+
+
 def words_of(columns: Mapping[str, np.ndarray], schema: Schema) -> np.ndarray:
     """The columns as int64 words [columns, rows], in the schema's order: what a part packs."""
     stored = schema.stored

@@ -16,7 +16,7 @@ from seqvault.files import File, Files, kill_point
 from seqvault.manifest import manifest_stamp, read_manifest, write_manifest
 from seqvault.querying import one_user, user_ids
 from seqvault.reader import Reader
-from seqvault.schema import DEFAULT, TIME, Schema, check_values
+from seqvault.schema import DEFAULT, TIME, Schema, checked_columns
 from seqvault.state import State
 from seqvault.writing import BLOCK_ROWS, SEGMENT_BYTES, PartWriter
 
@@ -213,7 +213,7 @@ class Vault(Reader):
 
         See `append`.
         """
-        columns = self._checked(users, behaviours)
+        columns = checked_columns(self.schema, users, behaviours)
         with self._writing:
             self._must_write()
             state, number = self._state, self._state.stream(stream)
@@ -227,23 +227,6 @@ class Vault(Reader):
                 with self._mutex:
                     state.streams[number].add(users, columns)
             return len(users)
-
-    def _checked(
-        self, users: np.ndarray, behaviours: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        stored = self.schema.stored
-        if set(behaviours) != set(stored):
-            raise VaultError(f"columns {sorted(behaviours)}, the schema wants {sorted(stored)}")
-        columns = {}
-        for name, dtype in stored.items():
-            values = np.asarray(behaviours[name])
-            if values.shape != (len(users),):
-                raise VaultError(
-                    f"column {name!r} has shape {values.shape}, there are {len(users)} users"
-                )
-            check_values(name, values, dtype)
-            columns[name] = values.astype(dtype, copy=False)
-        return columns
 
     def _must_write(self) -> None:
         if self._broken:
