@@ -156,7 +156,8 @@ class BackendVault:
     def _read(self, names, users, blocks, limits, befores, n, stream) -> Read:
         """The last `n` rows of users whose newest blocks are `blocks`, in columns [B * n]."""
         layout, batch = self._layout(names), len(users)
-        buffer, offsets, listed = layout.zeros(batch * n)
+        buffer, plan, columns = layout.zeros(batch * n)
+        del columns["mask"]
         taken, reached, first = (np.zeros(batch, np.int64) for _ in range(3))
         previous, older = np.full(batch, NO_PLACE), []
         settled = np.zeros(batch, bool)
@@ -170,7 +171,7 @@ class BackendVault:
             results = np.zeros((len(at), RESULTS), np.int64)
             read_parts(
                 buf, np.cumsum(sizes), sizes, users[at], 0, limits[at], befores[at], wants[at],
-                rights[at], layout.wanted, layout.sizes, offsets, layout.defaults, buffer, results,
+                rights[at], layout.wanted, plan, buffer, results,
             )  # fmt: skip
             bad = results[:, STATUS] != 0
             if bad.any():
@@ -193,7 +194,6 @@ class BackendVault:
                 missing = keys[blocks.index(None)]
                 raise MissingError(f"block {missing} is missing from the backend")
             older += keys
-        columns = layout.views(buffer, listed, (batch * n,))
         return Read(taken, reached, first, previous, older, columns)
 
     # --- writing

@@ -174,7 +174,8 @@ def chain_places(state: State, number: int, users: np.ndarray) -> dict[int, set[
             chains[user].add((segment_of(place), offset_of(place)))
         none = np.zeros(len(users), np.int64)
         found = looked.read(users, looked.rows, None, none, none, 0, follow=False)
-        looked = looked._replace(places=found.previous, sizes=found.previous_bytes)
+        held = np.stack([found.previous, found.previous_bytes, looked.rows])
+        looked = looked._replace(held=held)
         at = np.flatnonzero(looked.places >= 0)
     return chains
 

@@ -24,8 +24,8 @@ class Looked(NamedTuple):
     """What the state holds of some users, copied, so that it can be used without its lock.
 
     Attributes:
-      places, sizes, rows, newest: [B] the newest part and its bytes, rows in all parts, and their
-        newest time.
+      held: [4 or more, B] `places` and `sizes`: the newest part and its bytes; `rows` in all parts;
+        and `newest`: their newest time.
       starts: [B + 1] and fresh: {column: [rows]}, the fresh rows of each by (time, arrival);
         `starts` is None if nobody has any.
     """
@@ -33,12 +33,25 @@ class Looked(NamedTuple):
     source: FileSource
     layout: Layout
     stream: int
-    places: np.ndarray
-    sizes: np.ndarray
-    rows: np.ndarray
-    newest: np.ndarray
+    held: np.ndarray
     starts: np.ndarray | None
     fresh: dict[str, np.ndarray]
+
+    @property
+    def places(self) -> np.ndarray:
+        return self.held[0]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self.held[1]
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.held[2]
+
+    @property
+    def newest(self) -> np.ndarray:
+        return self.held[3]
 
     @property
     def totals(self) -> np.ndarray:
@@ -53,14 +66,7 @@ class Looked(NamedTuple):
             starts = np.concatenate([[0], np.cumsum(counts)])
             rows = np.repeat(self.starts[:-1][which] - starts[:-1], counts) + np.arange(starts[-1])
             fresh = {name: values[rows] for name, values in fresh.items()}
-        return self._replace(
-            places=self.places[which],
-            sizes=self.sizes[which],
-            rows=self.rows[which],
-            newest=self.newest[which],
-            starts=starts,
-            fresh=fresh,
-        )
+        return self._replace(held=self.held.take(which, 1), starts=starts, fresh=fresh)
 
     def read(self, users, limits, befores, wants, rights, cells, follow=True) -> Found:
         """`reading.read_rows` of these users' parts."""
@@ -74,14 +80,12 @@ def look_up(state: State, stream: int, users: np.ndarray, names: tuple[str, ...]
     """What the state holds of `users` [B]; columns `names` (None: all) of the fresh rows."""
     layout = state.layout(names)
     tail = state.streams[stream].tail
-    found, any_fresh = state.streams[stream].index.look_up(users)
-    places, sizes, rows, newest, heads = found
+    held, any_fresh = state.streams[stream].index.look_up(users)
     starts, fresh = None, {}
     if any_fresh:
-        starts, numbers = tail.rows(heads)
+        starts, numbers = tail.rows(held[4])
         fresh = {name: tail.take(name, numbers) for name in layout.names}
-    source = state.segments.source()
-    return Looked(source, layout, stream, places, sizes, rows, newest, starts, fresh)
+    return Looked(state.segments.source, layout, stream, held, starts, fresh)
 
 
 def last_n(
@@ -92,20 +96,18 @@ def last_n(
     end: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """See Vault.last_n."""
-    totals = looked.totals
     if before is not None:
         before = times_of(before, users)
     elif end is not None:
-        end = checked_ends(users, totals, end)
+        end = checked_ends(users, looked.totals, end)
     if looked.starts is None:
         return read_last_n(
-            looked.source, looked.layout, looked.stream, users, looked.places, looked.sizes,
-            looked.rows, n, before, end,
-        )  # fmt: skip
+            looked.source, looked.layout, looked.stream, users, looked.held, n, before, end
+        )
     batch = len(users)
     limits = looked.rows
     if before is None:
-        end = totals if end is None else end
+        end = looked.totals if end is None else end
         limits = np.minimum(looked.rows, end)
     cells = np.arange(batch) * n
     if before is not None:
@@ -225,7 +227,7 @@ def user_ids(users: np.ndarray) -> np.ndarray:
     users = np.asarray(users)
     if users.ndim != 1 or (users.dtype.kind not in "iu" and users.size):
         raise VaultError(f"users must be a vector of integers, not {users.dtype}{users.shape}")
-    return np.ascontiguousarray(users.astype(np.int64, copy=False))
+    return np.ascontiguousarray(users, np.int64)
 
 
 def one_user(user: int) -> np.int64:

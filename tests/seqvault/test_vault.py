@@ -91,6 +91,18 @@ def test_an_append_can_be_read_at_once_by_everybody(vault):
             assert found["item"][0, -1] == 0 and found["mask"].sum() == i + 1
 
 
+def test_a_read_too_long_for_one_record_is_the_same(vault, monkeypatch):
+    vault.append(3, rows([5, 6]))
+    vault.merge()
+    found = vault.last_n([3, 4], 3)
+    monkeypatch.setattr("seqvault.reading._RECORD_BYTES", 0)
+    longer = vault.last_n([3, 4, 3], 3)
+    assert found["item"].tolist() == [[0, 0, 1], [0] * 3]
+    for name, values in found.items():
+        assert longer[name].tolist() == [*values.tolist(), values[0].tolist()]
+        assert longer[name].dtype == values.dtype
+
+
 def test_one_behaviour_as_numbers(vault):
     vault.append(3, {"time": 5, "item": 6, "kind": 7, "seen": 1, "weight": 0.5}, sync=True)
     found = vault.last_n([3], 1)
