@@ -55,12 +55,10 @@ START = 1_600_000_000
 class SeqVaultStore:
     name = "seqvault"
 
-    def __init__(self, path: Path, create: bool = True):
+    def __init__(self, path: Path, **options):
+        """`options` of `Vault.create`."""
         self.path = path
-        if create:
-            self.vault = seqvault.Vault.create(path, seqvault.Schema(COLUMNS))
-        else:
-            self.vault = seqvault.Vault.open(path, write=True)
+        self.vault = seqvault.Vault.create(path, seqvault.Schema(COLUMNS), **options)
         self.fresh_limit = self._appends = 0
 
     def load(self, blocks) -> None:

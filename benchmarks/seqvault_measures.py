@@ -159,11 +159,20 @@ def many_users(directory: Path, users: int) -> dict:
         vault.last_n(np.array([7919]), 1)
         seconds.append(time.perf_counter() - start)
         vault.close()
+    vault = seqvault.Vault.open(directory, write=True)
+    checkpoints = []
+    for _ in range(5):
+        start, cpu = time.perf_counter(), time.process_time()
+        vault.checkpoint()
+        checkpoints.append((time.perf_counter() - start, time.process_time() - cpu))
+    vault.close()
     return {
         "users": stats["users"],
         "index_bytes_per_user": round(stats["index_bytes_per_user"], 2),
         "reopen_seconds": round(min(seconds), 3),
         "bulk_load_seconds": round(loaded, 1),
+        "checkpoint_seconds": round(min(seconds for seconds, _ in checkpoints), 3),
+        "checkpoint_cpu_seconds": round(min(cpu for _, cpu in checkpoints), 3),
     }
 
 
