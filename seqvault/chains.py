@@ -49,7 +49,7 @@ def _pread(fd, buf, size, offset):
 @njit(cache=True, nogil=True)
 def read_parts(
     buf, ends, available, users, stream, limits, befores, wants, rights,
-    wanted, sizes, offsets, defaults, out, results,
+    wanted, plan, out, results,
 ):  # fmt: skip
     """Reads the newest behaviours of one part per user into right-aligned columns.
 
@@ -62,8 +62,8 @@ def read_parts(
       wants: [k] how many rows to take at most.
       rights: [k] the cell before which each user's rows end.
       wanted: [versions, columns] which output a stored column of a schema version fills, or -1.
-      sizes, offsets, defaults: [J] of each output: bytes per value, first byte in `out`, bits of
-        what a version without the column reads as.
+      plan: [3, J + 1] of each output, and last of the mask: first byte in `out`, bytes per value,
+        bits of what a version without the column reads as.
       out: uint8; every output is a column of values from its offset on, zero before.
       results: [k, RESULTS] int64, filled: status (SHORT asks for NEED bytes before the end), rows
         taken, the previous part, the position REACHED (rows seen), FIRST row of the part.
@@ -71,6 +71,7 @@ def read_parts(
     dictionaries = np.zeros((256, 4), np.int64)
     codes, wide = np.empty(MAX_DICT, np.uint32), np.empty(CHUNK, np.uint64)
     table = np.empty(MAX_DICT, np.uint64)
+    offsets, sizes, defaults = plan[0], plan[1, :-1], plan[2]
     for i in range(len(ends)):
         read_part(
             buf, ends[i], available[i], users[i], stream, limits[i], befores[i], wants[i],
@@ -117,9 +118,8 @@ def _read_chain(
         if result[STATUS] != DONE or (first >= 0 and result[FIRST] >= first):
             found[0] = DAMAGED  # a chain must lead to older rows
             break
-        if first < 0:
-            found[3] = result[FIRST]
         first = result[FIRST]
+        found[3] = first
         if not settled:
             found[2] = result[REACHED]
             settled = result[REACHED] > first
@@ -127,6 +127,7 @@ def _read_chain(
         right -= result[TAKEN]
         want -= result[TAKEN]
         place, size = result[PREVIOUS], result[PREVIOUS_BYTES]
+        hint = TRAILER + 8192 + want * 16
         if not follow or (want == 0 and settled):
             break
     found[4], found[5] = place, size
@@ -136,7 +137,7 @@ def _read_chain(
 @njit(cache=True, nogil=True)
 def read_chains(
     mapped, fds, users, stream, places, part_bytes, limits, befores, wants, rights, follow,
-    wanted, sizes, offsets, defaults, out, found,
+    wanted, plan, out, found,
 ):  # fmt: skip
     """Reads the newest behaviours of each user's chain of parts; see reading.read_rows.
 
@@ -146,13 +147,14 @@ def read_chains(
       places, part_bytes: [k] the newest part; place NO_PLACE: no rows.
       follow: whether to go on to older parts.
       found: [k, FOUND] int64, zero; filled: status, rows taken, position reached, first row of the
-        newest part, the part before the oldest one read and its bytes, preads.
+        oldest part read, the part before that and its bytes, preads.
       The others as in `read_parts`.
     """
     dictionaries = np.zeros((256, 4), np.int64)
     codes, wide = np.empty(MAX_DICT, np.uint32), np.empty(CHUNK, np.uint64)
     table, result = np.empty(MAX_DICT, np.uint64), np.zeros(RESULTS, np.int64)
     scratch = np.empty(1 << 15, np.uint8)
+    offsets, sizes, defaults = plan[0], plan[1, :-1], plan[2]
     for i in range(len(users)):
         scratch = _read_chain(
             mapped, fds, users[i], stream, places[i], part_bytes[i], limits[i], befores[i],
@@ -163,18 +165,16 @@ def read_chains(
 
 @njit(cache=True, nogil=True)
 def read_last(
-    mapped, fds, users, stream, places, part_bytes, rows, n, cut, by_time,
-    wanted, sizes, offsets, defaults, out, found,
+    mapped, fds, users, stream, held, n, cut, by_time, wanted, plan, out, found
 ):  # fmt: skip
     """Reads each user's last `n` behaviours into [k, n] outputs, and their mask behind these.
 
     The common case of `read_chains`, with less to prepare.
 
     Args:
-      rows: [k] behaviours in all parts of the user.
+      held: [3 or more, k] place and bytes of the newest part, and behaviours in all parts.
       cut: [k] times before which (`by_time`) or positions below which rows are seen; empty: all
         are.
-      offsets: [J + 1]; the last is where the mask (one byte each) goes.
     Returns:
       (users that cannot be read, preads).
     """
@@ -182,15 +182,16 @@ def read_last(
     codes, wide = np.empty(MAX_DICT, np.uint32), np.empty(CHUNK, np.uint64)
     table, result = np.empty(MAX_DICT, np.uint64), np.zeros(RESULTS, np.int64)
     scratch = np.empty(1 << 15, np.uint8)
+    offsets, sizes, defaults = plan[0], plan[1, :-1], plan[2]
     failed = reads = 0
     for i in range(len(users)):
-        limit, before = rows[i], NEVER
+        limit, before = held[2, i], NEVER
         if len(cut) and by_time:
             before = cut[i]
         elif len(cut):
             limit = min(limit, cut[i])
         scratch = _read_chain(
-            mapped, fds, users[i], stream, places[i], part_bytes[i], limit, before, n,
+            mapped, fds, users[i], stream, held[0, i], held[1, i], limit, before, n,
             (i + 1) * n, True, wanted, sizes, offsets, defaults, out, found[i],
             scratch, result, dictionaries, codes, wide, table,
         )  # fmt: skip

@@ -24,9 +24,9 @@ import numpy as np
 
 from seqvault.errors import VaultError
 from seqvault.manifest import read_manifest
-from seqvault.schema import TIME, Schema
+from seqvault.schema import DEFAULT, TIME, Schema
 from seqvault.snapshot import Snapshot
-from seqvault.vault import DEFAULT, Vault
+from seqvault.vault import Vault
 from seqvault.verification import verify
 
 USER = "user"

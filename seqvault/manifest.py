@@ -7,6 +7,7 @@ is enough to open; a damaged one is named.
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -84,3 +85,12 @@ def _parse(data: bytes) -> dict | None:
     except (ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) and fields.get("format") == FORMAT else None
+
+
+def manifest_stamp(path: Path) -> tuple[int, int] | None:
+    """What changes whenever the manifest does."""
+    try:
+        found = os.stat(path / MANIFEST)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -15,15 +15,18 @@ from seqvault.files import kill_point
 from seqvault.index import ENTRY, Index, offset_of, segment_of
 from seqvault.manifest import write_manifest
 from seqvault.part import NO_PLACE
+from seqvault.reading import Found
 from seqvault.schema import TIME, Schema, words_of
 from seqvault.segments import segment_path
 from seqvault.state import State, Stream, index_bytes, walk
+from seqvault.writing import kept_rows
 
 if TYPE_CHECKING:
     from seqvault.vault import Vault
 
 GROUP = 256  # users that are read, packed and committed together
 _CARRY_ROWS = 1 << 18
+_LOG_BYTES = 64 << 20  # a log longer than this, and than a checkpoint, is due for one
 
 
 def file_entry(name: str, data: bytes) -> dict:
@@ -76,53 +79,42 @@ def _commit(vault: Vault, stream: int, write) -> None:
     except VaultError:
         parts.cut(segment, size)
         raise
-    state.committed.update(touched)
     parts.sizes = {parts.segment: parts.size}
-    state.open_segments()
-    state.streams[stream].commit(merged)
+    with vault._mutex:
+        state.committed.update(touched)
+        state.open_segments()
+        state.streams[stream].commit(merged)
 
 
 def _rewrite(vault: Vault, number: int, users: np.ndarray, whole: bool) -> np.ndarray:
     """Writes new parts of `users`, fresh rows included; their entries.
 
-    Only the newest part is written anew, unless a fresh row belongs before its first one, or
-    `whole` wants every part in a new place.
+    Parts that stay as they are in the longer history are left alone, unless a fresh row belongs
+    into one, or `whole` wants every part in a new place.
     """
     state = vault._state
     looked = querying.look_up(state, number, users, None)
-    counts = looked.totals - looked.rows
-    edges = np.concatenate([[0], np.cumsum(counts)])
-    most = np.minimum(looked.rows, 2 * state.block_rows)
-    rights = np.cumsum(most)
-    found = looked.read(users, looked.rows, None, most, rights, int(rights[-1]), follow=False)
     merged = np.zeros(len(users), ENTRY)
     for i, user in enumerate(users.tolist()):
-        fresh = {n: c[edges[i] : edges[i + 1]] for n, c in looked.fresh.items()}
-        mine = slice(int(rights[i] - found.taken[i]), int(rights[i]))
-        rows = {n: c[mine] for n, c in found.columns.items()}
-        if counts[i]:
-            rows = {n: np.concatenate([c, fresh[n]]) for n, c in rows.items()}
-        first = int(max(found.first[i], 0))
-        link = int(found.previous[i]), int(found.previous_bytes[i])
-        # The newest part may be longer than a part is today; then all of the history is cut anew.
-        cut_off = first + found.taken[i] != looked.rows[i]
-        late = counts[i] > 0 and first > 0 and fresh[TIME][0] < rows[TIME][0]
-        if looked.places[i] < 0 or first == 0:
-            first, link = 0, (NO_PLACE, 0)
-        if cut_off or ((late or whole) and first > 0) or looked.rows[i] > found.taken[i] + first:
-            one = looked.part(np.array([i]))
-            _, rows = querying.together(one, users[i : i + 1], None, one.rows)
-            first, link = 0, (NO_PLACE, 0)
-        elif counts[i] and fresh[TIME][0] < looked.newest[i]:
-            order = np.argsort(rows[TIME], kind="stable")
-            rows = {n: c[order] for n, c in rows.items()}
-        words = words_of(rows, state.schema)
+        one, who = looked.part(np.array([i])), users[i : i + 1]
+        kept = 0 if whole else kept_rows(one.rows[0], one.totals[0], state.block_rows)
+        _, found = querying.together(one, who, None, one.rows - kept)
+        if kept and (found.first[0] != kept or _is_late(one, found)):
+            kept = 0
+            _, found = querying.together(one, who, None, one.rows)
+        link = (int(found.previous[0]), int(found.previous_bytes[0])) if kept else (NO_PLACE, 0)
         place, size = vault._parts.write_chain(
-            words, user, number, state.packing, state.block_rows, first, *link
-        )
-        total = first + words.shape[1]
-        merged[i] = (user, place, size, total, rows[TIME][-1], 0)
+            words_of(found.columns, state.schema), user, number, state.packing, state.block_rows,
+            kept, *link,
+        )  # fmt: skip
+        merged[i] = (user, place, size, one.totals[0], found.columns[TIME][-1], 0)
     return merged
+
+
+def _is_late(one: querying.Looked, found: Found) -> bool:
+    """Whether a fresh row of the one user may belong before the rows found."""
+    fresh = one.fresh.get(TIME, ())
+    return len(fresh) > 0 and fresh[0] <= found.columns[TIME][0]
 
 
 def reclaim(vault: Vault, budget: int | None, dead: float) -> int:
@@ -150,8 +142,9 @@ def reclaim(vault: Vault, budget: int | None, dead: float) -> int:
         if done:
             emptied.add(segment)
     if emptied:
-        for segment in emptied:
-            del state.committed[segment]
+        with vault._mutex:
+            for segment in emptied:
+                del state.committed[segment]
         checkpoint(vault)
     return parts.written - before
 
@@ -181,18 +174,17 @@ def chain_places(state: State, number: int, users: np.ndarray) -> dict[int, set[
             chains[user].add((segment_of(place), offset_of(place)))
         none = np.zeros(len(users), np.int64)
         found = looked.read(users, looked.rows, None, none, none, 0, follow=False)
-        looked = looked._replace(places=found.previous, sizes=found.previous_bytes)
+        held = np.stack([found.previous, found.previous_bytes, looked.rows])
+        looked = looked._replace(held=held)
         at = np.flatnonzero(looked.places >= 0)
     return chains
 
 
 def checkpoint_is_due(state: State) -> bool:
     """Whether the log is long, in itself and against what a checkpoint writes."""
-    from seqvault.vault import LOG_BYTES
-
     index = sum(s.index.count for s in state.streams) * ENTRY.itemsize
     tails = sum(s.tail.live for s in state.streams) * 24
-    return state.log_end > max(LOG_BYTES, 2 * (index + tails))
+    return state.log_end > max(_LOG_BYTES, 2 * (index + tails))
 
 
 def checkpoint(vault: Vault, schema: Schema | None = None) -> None:
@@ -251,10 +243,13 @@ def _checkpoint(
     vault._parts.close()
     logged.close()
     damages = [d for d in state.damages if d.file.startswith("blocks")]
-    state.close()
-    vault._state = State(vault.path)
-    vault._state.damages += damages
-    vault._take_over()
+    with vault._mutex:
+        as_it_is = streams is state.streams and schema is None and not state.damages
+        if not (as_it_is and state.switch_log(manifest)):
+            state.close()
+            vault._state = State(vault.path)
+            vault._state.damages += damages
+        vault._take_over()
     vault._parts.written = written
 
 

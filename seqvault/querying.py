@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,8 +24,8 @@ class Looked(NamedTuple):
     """What the state holds of some users, copied, so that it can be used without its lock.
 
     Attributes:
-      places, sizes, rows, newest: [B] the newest part and its bytes, rows in all parts, and their
-        newest time.
+      held: [4 or more, B] `places` and `sizes`: the newest part and its bytes; `rows` in all parts;
+        and `newest`: their newest time.
       starts: [B + 1] and fresh: {column: [rows]}, the fresh rows of each by (time, arrival);
         `starts` is None if nobody has any.
     """
@@ -32,12 +33,25 @@ class Looked(NamedTuple):
     source: FileSource
     layout: Layout
     stream: int
-    places: np.ndarray
-    sizes: np.ndarray
-    rows: np.ndarray
-    newest: np.ndarray
+    held: np.ndarray
     starts: np.ndarray | None
     fresh: dict[str, np.ndarray]
+
+    @property
+    def places(self) -> np.ndarray:
+        return self.held[0]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self.held[1]
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.held[2]
+
+    @property
+    def newest(self) -> np.ndarray:
+        return self.held[3]
 
     @property
     def totals(self) -> np.ndarray:
@@ -52,14 +66,7 @@ class Looked(NamedTuple):
             starts = np.concatenate([[0], np.cumsum(counts)])
             rows = np.repeat(self.starts[:-1][which] - starts[:-1], counts) + np.arange(starts[-1])
             fresh = {name: values[rows] for name, values in fresh.items()}
-        return self._replace(
-            places=self.places[which],
-            sizes=self.sizes[which],
-            rows=self.rows[which],
-            newest=self.newest[which],
-            starts=starts,
-            fresh=fresh,
-        )
+        return self._replace(held=self.held.take(which, 1), starts=starts, fresh=fresh)
 
     def read(self, users, limits, befores, wants, rights, cells, follow=True) -> Found:
         """`reading.read_rows` of these users' parts."""
@@ -73,14 +80,12 @@ def look_up(state: State, stream: int, users: np.ndarray, names: tuple[str, ...]
     """What the state holds of `users` [B]; columns `names` (None: all) of the fresh rows."""
     layout = state.layout(names)
     tail = state.streams[stream].tail
-    found, any_fresh = state.streams[stream].index.look_up(users)
-    places, sizes, rows, newest, heads = found
+    held, any_fresh = state.streams[stream].index.look_up(users)
     starts, fresh = None, {}
     if any_fresh:
-        starts, numbers = tail.rows(heads)
+        starts, numbers = tail.rows(held[4])
         fresh = {name: tail.take(name, numbers) for name in layout.names}
-    source = state.segments.source()
-    return Looked(source, layout, stream, places, sizes, rows, newest, starts, fresh)
+    return Looked(state.segments.source, layout, stream, held, starts, fresh)
 
 
 def last_n(
@@ -91,20 +96,18 @@ def last_n(
     end: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """See Vault.last_n."""
-    totals = looked.totals
     if before is not None:
         before = times_of(before, users)
     elif end is not None:
-        end = checked_ends(users, totals, end)
+        end = checked_ends(users, looked.totals, end)
     if looked.starts is None:
         return read_last_n(
-            looked.source, looked.layout, looked.stream, users, looked.places, looked.sizes,
-            looked.rows, n, before, end,
-        )  # fmt: skip
+            looked.source, looked.layout, looked.stream, users, looked.held, n, before, end
+        )
     batch = len(users)
     limits = looked.rows
     if before is None:
-        end = totals if end is None else end
+        end = looked.totals if end is None else end
         limits = np.minimum(looked.rows, end)
     cells = np.arange(batch) * n
     if before is not None:
@@ -161,7 +164,8 @@ def _last_n_late(looked, users, n, cut, by_time, out, taken, positions) -> None:
     else:
         befores, skips = None, looked.totals - cut
     wants = np.minimum(looked.rows, n + skips)
-    starts, columns = together(looked, users, befores, wants)
+    starts, found = together(looked, users, befores, wants)
+    columns = found.columns
     for i, position in enumerate(positions.tolist()):
         a, b = int(starts[i]), int(starts[i + 1])
         if by_time:
@@ -176,8 +180,8 @@ def _last_n_late(looked, users, n, cut, by_time, out, taken, positions) -> None:
 
 def together(
     looked: Looked, users: np.ndarray, befores: np.ndarray | None, wants: np.ndarray
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(starts [B + 1], columns): the last `wants` rows of parts and all fresh ones, by time."""
+) -> tuple[np.ndarray, Found]:
+    """(starts [B + 1], found): the last `wants` rows of parts and all fresh ones, by time."""
     if befores is None:
         taken = np.minimum(wants, looked.rows)
     else:
@@ -187,7 +191,7 @@ def together(
     rights = starts[1:] - counts
     found = looked.read(users, looked.rows, befores, taken, rights, int(starts[-1]))
     if looked.starts is None:
-        return starts, found.columns
+        return starts, found
     target = np.repeat(rights - looked.starts[:-1], counts)
     target += np.arange(looked.starts[-1])
     for name, values in found.columns.items():
@@ -199,7 +203,7 @@ def together(
             order = np.argsort(found.columns[TIME][mine], kind="stable")
             for values in found.columns.values():
                 values[mine] = values[mine][order]
-    return starts, found.columns
+    return starts, found
 
 
 def resolve_parts(looked: Looked, users: np.ndarray, before: np.ndarray) -> np.ndarray:
@@ -212,6 +216,25 @@ def resolve(looked: Looked, users: np.ndarray, before: np.ndarray) -> np.ndarray
     """See Vault.resolve."""
     before = times_of(before, users)
     return resolve_parts(looked, users, before) + _fresh_before(looked, before)
+
+
+def user_ids(users: np.ndarray) -> np.ndarray:
+    """`users` as [B] int64; unsigned numbers of 64 bits keep their bits.
+
+    Raises:
+      VaultError: they are not a vector of integers.
+    """
+    users = np.asarray(users)
+    if users.ndim != 1 or (users.dtype.kind not in "iu" and users.size):
+        raise VaultError(f"users must be a vector of integers, not {users.dtype}{users.shape}")
+    return np.ascontiguousarray(users, np.int64)
+
+
+def one_user(user: int) -> np.int64:
+    """One user id as int64. Raises VaultError if it is no number of 64 bits."""
+    if not -(1 << 63) <= user < 1 << 64:
+        raise VaultError(f"user {user} is no number of 64 bits")
+    return np.uint64(user).astype(np.int64) if user >= 1 << 63 else np.int64(user)
 
 
 def check_question(n: int, before: np.ndarray | None, end: np.ndarray | None) -> None:
@@ -263,8 +286,8 @@ def flat_blocks(
         last = max(first + 1, int(np.searchsorted(ends, done + block_rows, side="right")))
         which = np.arange(first, last)
         part = looked.part(which)
-        starts, columns = together(part, users[which], None, part.rows)
-        yield {"user": np.repeat(users[which], np.diff(starts)), **columns}
+        starts, found = together(part, users[which], None, part.rows)
+        yield {"user": np.repeat(users[which], np.diff(starts)), **found.columns}
         first, done = last, int(ends[last - 1])
 
 
@@ -273,23 +296,31 @@ def new_events(state: State, stream: int, users: np.ndarray, ids: np.ndarray) ->
     name = state.schema.event_id
     who, which = np.unique(users, return_inverse=True)
     looked = look_up(state, stream, who, (name,))
-    starts, columns = together(looked, who, None, looked.rows)
+    starts, found = together(looked, who, None, looked.rows)
     new = np.ones(len(users), bool)
     order = np.argsort(which, kind="stable")
     edges = np.searchsorted(which[order], np.arange(len(who) + 1))
     for i in range(len(who)):
-        known = columns[name][starts[i] : starts[i + 1]]
+        known = found.columns[name][starts[i] : starts[i + 1]]
         mine = order[edges[i] : edges[i + 1]]
-        first = np.zeros(len(mine), bool)
-        first[np.unique(ids[mine], return_index=True)[1]] = True
-        new[mine] = first & ~np.isin(ids[mine], known)
+        new[mine] = first_unknown(ids[mine], known)
     return new
+
+
+def first_unknown(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """[N] bool: whether each of `ids` is not among the `known` ones, nor earlier in `ids`."""
+    first = np.zeros(len(ids), bool)
+    first[np.unique(ids, return_index=True)[1]] = True
+    return first & ~np.isin(ids, known)
 
 
 def stats(vault: Vault) -> dict:
     """See Vault.stats."""
     state = vault._state
-    files = {f.name: f.stat().st_size for f in vault.path.iterdir() if f.is_file()}
+    files = {}
+    for file in vault.path.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint removes some meanwhile
+            files[file.name] = file.stat().st_size
     blocks = sum(size for name, size in files.items() if name.startswith("blocks"))
     streams = {}
     for name, stream in zip(state.names, state.streams, strict=True):

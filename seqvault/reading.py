@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from seqvault.schema import TIME, Schema
 from seqvault.unpacking import DAMAGED, MISSING
 
 _NO_CUT = np.zeros(0, np.int64)
+_RECORD_BYTES = 2**31 - 1  # numpy's limit
 
 
 class Source(Protocol):
@@ -41,44 +43,49 @@ class Layout:
         if unknown := sorted(set(names) - set(stored)):
             raise VaultError(f"no column {unknown}; the store has {list(schema.columns)}")
         self.names = {n: stored[n] for n in dict.fromkeys([TIME, *names])}
-        self.sizes = np.array([d.itemsize for d in self.names.values()], np.int64)
-        self._items = tuple(self.names.items())
-        self._offsets: dict[int, tuple[int, np.ndarray, list[int]]] = {}
+        self._widths = np.array([*(d.itemsize for d in self.names.values()), 1], np.int64)
+        self._plans: dict[tuple[int, ...], tuple[np.ndarray, int, np.dtype | None]] = {}
         order = {name: j for j, name in enumerate(self.names)}
         columns = max(len(s.stored) for s in schemas)
         self.wanted = np.full((len(schemas), columns), -1, np.int64)
         for version, older in enumerate(schemas):
             for c, name in enumerate(older.stored):
                 self.wanted[version, c] = order.get(name, -1)
-        self.defaults = np.array(
-            [_bits(schema.defaults.get(n, 0), d) for n, d in self.names.items()], np.int64
-        )
+        defaults = [_bits(schema.defaults.get(n, 0), d) for n, d in self.names.items()]
+        self._defaults = np.array([*defaults, 0], np.int64)
 
-    def zeros(self, cells: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Room for [cells] values of every column, all 0, and a mask.
+    def zeros(self, *shape: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Room for every column in that shape, all 0, and a mask.
 
         Returns:
-          (buffer, offsets [J + 1] of the columns and the mask, the same as a list).
+          (buffer, the compiled reads' plan [3, J + 1], {column and "mask": view of the buffer}).
         """
-        known = self._offsets.get(cells)
+        known = self._plans.get(shape)
         if known is None:
-            lengths = (cells * np.append(self.sizes, 1) + 7) // 8 * 8
-            ends = lengths.cumsum()
-            known = int(ends[-1]), ends - lengths, (ends - lengths).tolist()
-            if len(self._offsets) > 64:
-                self._offsets.clear()
-            self._offsets[cells] = known
-        size, offsets, listed = known
-        return np.zeros(size, np.uint8), offsets, listed
+            if len(self._plans) > 64:
+                self._plans.clear()
+            known = self._plans[shape] = self._plan(shape)
+        plan, size, record = known
+        buffer = np.zeros(size, np.uint8)
+        if record is not None:  # a field is a view at a quarter of what np.ndarray() costs
+            whole = np.ndarray((), record, buffer)
+            return buffer, plan, {name: whole[name] for name in record.names}
+        fields = zip([*self.names, "mask"], [*self.names.values(), bool], plan[0], strict=True)
+        return buffer, plan, {n: np.ndarray(shape, d, buffer, int(at)) for n, d, at in fields}
 
-    def views(
-        self, buffer: np.ndarray, offsets: list[int], shape: tuple[int, ...]
-    ) -> dict[str, np.ndarray]:
-        """The columns of the buffer in that shape."""
-        return {
-            name: np.ndarray(shape, dtype, buffer, offset)
-            for (name, dtype), offset in zip(self._items, offsets, strict=False)
-        }
+    def _plan(self, shape: tuple[int, ...]) -> tuple[np.ndarray, int, np.dtype | None]:
+        """(plan, bytes, a record of the columns and the mask unless it is too long for numpy)."""
+        lengths = (math.prod(shape) * self._widths + 7) // 8 * 8
+        ends = lengths.cumsum()
+        plan, size = np.stack([ends - lengths, self._widths, self._defaults]), int(ends[-1])
+        if size > _RECORD_BYTES:
+            return plan, size, None
+        fields = {**self.names, "mask": np.dtype(bool)}
+        record = np.dtype({
+            "names": list(fields), "formats": [(dtype, shape) for dtype in fields.values()],
+            "offsets": plan[0].tolist(), "itemsize": size,
+        })  # fmt: skip
+        return plan, size, record
 
 
 def _bits(value: float, dtype: np.dtype) -> int:
@@ -95,7 +102,7 @@ class Found(NamedTuple):
     Attributes:
       taken: [B] rows of each user.
       reached: [B] rows of the user that limit and time let see.
-      first: [B] the position of the newest part's first row.
+      first: [B] the position of the first row of the oldest part read.
       previous, previous_bytes: [B] the part before the oldest one read.
       columns: {column: [cells]}.
     """
@@ -137,18 +144,18 @@ def read_rows(
       DamagedError: a part's bytes are not what was written.
       MissingError: a segment is not there (any more).
     """
-    buffer, offsets, listed = layout.zeros(cells)
+    buffer, plan, columns = layout.zeros(cells)
+    del columns["mask"]
     found = np.zeros((len(users), FOUND), np.int64)
     befores = np.full(len(users), NEVER) if befores is None else befores
     read_chains(
         source.mapped, source.fds, users, stream, places, sizes, limits, befores, wants, rights,
-        follow, layout.wanted, layout.sizes, offsets, layout.defaults, buffer, found,
+        follow, layout.wanted, plan, buffer, found,
     )  # fmt: skip
     status, taken, reached, first, previous, previous_bytes, reads = found.T
     source.segments.reads += int(reads.sum())
     if status.any():
         check_status(status, users)
-    columns = layout.views(buffer, listed, (cells,))
     return Found(taken, reached, first, previous, previous_bytes, columns)
 
 
@@ -157,9 +164,7 @@ def read_last_n(
     layout: Layout,
     stream: int,
     users: np.ndarray,
-    places: np.ndarray,
-    sizes: np.ndarray,
-    rows: np.ndarray,
+    held: np.ndarray,
     n: int,
     before: np.ndarray | None,
     end: np.ndarray | None,
@@ -167,24 +172,22 @@ def read_last_n(
     """The last `n` rows of each user's parts: {column: [B, n], "mask": [B, n]}.
 
     Args:
-      users, places, sizes, rows: [B] whose newest part lies where, and rows in all parts.
+      users: [B] user ids.
+      held: [3 or more, B] place and bytes of the newest part, and rows in all parts.
       before, end: [B] times or positions up to which rows are seen; one of them or neither.
     Raises:
       As `read_rows`.
     """
-    shape = len(users), n
-    buffer, offsets, listed = layout.zeros(len(users) * n)
+    buffer, plan, out = layout.zeros(len(users), n)
     found = np.zeros((len(users), FOUND), np.int64)
     cut = before if before is not None else end if end is not None else _NO_CUT
     failed, reads = read_last(
-        source.mapped, source.fds, users, stream, places, sizes, rows, n, cut,
-        before is not None, layout.wanted, layout.sizes, offsets, layout.defaults, buffer, found,
+        source.mapped, source.fds, users, stream, held, n, cut, before is not None,
+        layout.wanted, plan, buffer, found,
     )  # fmt: skip
     source.segments.reads += reads
     if failed:
         check_status(found[:, 0], users)
-    out = layout.views(buffer, listed, shape)
-    out["mask"] = np.ndarray(shape, bool, buffer, listed[-1])
     return out
 
 

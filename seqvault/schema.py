@@ -11,6 +11,7 @@ import numpy as np
 from seqvault.errors import VaultError
 
 TIME = "time"
+DEFAULT = "default"  # the stream of a vault that has one
 RESERVED = ("user", TIME, "mask", "stream")
 MAX_COLUMNS, MAX_VERSIONS = 200, 65_535
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -133,6 +134,25 @@ def check_values(name: str, values: np.ndarray, dtype: np.dtype) -> None:
         error = VaultError(f"column {name!r} has value {values[i]}, which {why}")
         error.row = i
         raise error
+
+
+def checked_columns(
+    schema: Schema, users: np.ndarray, behaviours: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """`behaviours` of `users` [N] in the schema's types. Raises VaultError if they do not fit."""
+    stored = schema.stored
+    if set(behaviours) != set(stored):
+        raise VaultError(f"columns {sorted(behaviours)}, the schema wants {sorted(stored)}")
+    columns = {}
+    for name, dtype in stored.items():
+        values = np.asarray(behaviours[name])
+        if values.shape != (len(users),):
+            raise VaultError(
+                f"column {name!r} has shape {values.shape}, there are {len(users)} users"
+            )
+        check_values(name, values, dtype)
+        columns[name] = values.astype(dtype, copy=False)
+    return columns
 
 
 def words_of(columns: Mapping[str, np.ndarray], schema: Schema) -> np.ndarray:

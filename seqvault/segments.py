@@ -33,13 +33,18 @@ class _Open:
 
 
 class Segments:
-    """The segments of one vault, opened when first read. Attribute `reads` counts preads."""
+    """The segments of one vault, opened when first read.
+
+    Attributes:
+      reads: how many preads there were.
+      source: what the compiled reads need of the files as they are open now.
+    """
 
     def __init__(self, directory: Path):
         self._directory = directory
         self._files: dict[int, _Open] = {}
-        self._fds = np.full(1, -1, np.int32)
         self.reads = 0
+        self._adopt({})
 
     def open(self, segments: Iterable[int]) -> None:
         """Opens those of the segments that are not. Raises MissingError if a file is missing."""
@@ -59,11 +64,8 @@ class Segments:
         fds = np.full(max(files, default=0) + 1, -1, np.int32)
         for segment, file in files.items():
             fds[segment] = file.fd
-        self._files, self._fds = files, fds  # replaced whole: readers hold on to what they have
-
-    def source(self) -> FileSource:
-        """What the compiled reads need of the files as they are open now."""
-        return FileSource(self, self._files, self._fds)
+        self._files = files
+        self.source = FileSource(self, files, fds)  # replaced whole: readers keep what they have
 
 
 class FileSource(NamedTuple):
@@ -72,10 +74,4 @@ class FileSource(NamedTuple):
     segments: Segments
     files: dict[int, _Open]
     fds: np.ndarray
-
-    @property
-    def mapped(self) -> np.ndarray:
-        return _NOTHING
-
-
-_NOTHING = np.zeros(0, np.uint8)
+    mapped = np.zeros(0, np.uint8)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from seqvault.errors import VaultError
-from seqvault.vault import user_ids
+from seqvault.querying import user_ids
 
 
 def shard_of(users: np.ndarray, shards: int) -> np.ndarray:

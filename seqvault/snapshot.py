@@ -241,9 +241,8 @@ class Snapshot:
         elif end is not None:
             end = querying.checked_ends(numbers, limits, end)
         users, places, sizes = self._parts(numbers)
-        return read_last_n(
-            self._source, self._layout(names), 0, users, places, sizes, limits, n, before, end
-        )
+        held = np.stack([places, sizes, limits])
+        return read_last_n(self._source, self._layout(names), 0, users, held, n, before, end)
 
     def scan(
         self, *, columns: Iterable[str] | None = None, block_rows: int = 1 << 18

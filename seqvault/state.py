@@ -219,10 +219,10 @@ def index_bytes(streams: list[Stream]) -> bytes:
     """The index file's content: per stream a count and its entries, without fresh tails."""
     parts = []
     for stream in streams:
-        entries = stream.index.entries.copy()
+        entries = stream.index.entries
+        entries = entries.take(np.flatnonzero(entries["place"] >= 0))
         entries["tail"] = 0
-        entries = entries[entries["place"] >= 0]
-        parts += [_COUNT.pack(len(entries)), entries.tobytes()]
+        parts += [_COUNT.pack(len(entries)), entries.view(np.uint8).data]
     return b"".join(parts)
 
 

@@ -5,26 +5,25 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from seqvault import log, merging, querying
-from seqvault.errors import Damage, MissingError, VaultError
+from seqvault.errors import VaultError
 from seqvault.files import File, Files, kill_point
-from seqvault.manifest import MANIFEST, read_manifest, write_manifest
-from seqvault.schema import TIME, Schema, check_values
+from seqvault.manifest import manifest_stamp, read_manifest, write_manifest
+from seqvault.querying import one_user, user_ids
+from seqvault.reader import Reader
+from seqvault.schema import DEFAULT, TIME, Schema, checked_columns
 from seqvault.state import State
-from seqvault.writing import SEGMENT_BYTES, PartWriter
+from seqvault.writing import BLOCK_ROWS, SEGMENT_BYTES, PartWriter
 
 LOCK = "lock"
-DEFAULT = "default"
-BLOCK_ROWS = 1024
-LOG_BYTES = 64 << 20  # a log longer than this, and than the checkpoint, is due for a checkpoint
 
 
-class Vault:
+class Vault(Reader):
     """A directory of user histories; see the module `seqvault` for the calls in one place.
 
     Users are integers of 64 bits. A stream is a named sequence of behaviours per user; all streams
@@ -38,12 +37,12 @@ class Vault:
 
     def __init__(self, path: Path, state: State, files: Files, lock: int | None):
         """Use `create` or `open`."""
-        self.path = path
-        self._state = state
+        super().__init__(path, state)
         self._files = files
         self._lock_fd = lock
-        self._mutex = threading.RLock()
-        self._stamp = _stamp(path)
+        # Held by whoever writes; `_mutex` only while the state in memory changes, so that reads
+        # go on while the disk works.
+        self._writing = threading.RLock()
         self._log: File | None = None
         self._parts: PartWriter | None = None
         self._broken: str | None = None
@@ -115,12 +114,12 @@ class Vault:
             read_manifest(path)  # an error there is better than a lock file in a foreign directory
             lock = _locked(path)
         for attempt in range(10):
-            stamp = _stamp(path)
+            stamp = manifest_stamp(path)
             try:
                 vault = cls(path, State(path), files, lock)
                 break
             except (VaultError, FileNotFoundError):
-                if write or _stamp(path) == stamp or attempt == 9:
+                if write or manifest_stamp(path) == stamp or attempt == 9:
                     raise
         vault._stamp = stamp
         return vault._take_over() if write else vault
@@ -153,7 +152,7 @@ class Vault:
 
     def close(self) -> None:
         """Releases files and the writer's lock; everything acknowledged is in the files."""
-        with self._mutex:
+        with self._writing, self._mutex:
             for file in (self._log, self._parts):
                 if file is not None:
                     file.close()
@@ -173,19 +172,6 @@ class Vault:
     def __repr__(self) -> str:
         mode = "writer" if self.writable else "reader"
         return f"Vault({str(self.path)!r}, {mode}, streams {list(self.streams)})"
-
-    @property
-    def schema(self) -> Schema:
-        return self._state.schema
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        return self._state.names
-
-    @property
-    def damages(self) -> list[Damage]:
-        """What opening and following the vault found damaged; `verify` looks at every byte."""
-        return list(self._state.damages)
 
     # --- writing
 
@@ -212,7 +198,7 @@ class Vault:
         """
         behaviours = {name: np.atleast_1d(values) for name, values in behaviours.items()}
         rows = len(behaviours.get(TIME, ()))
-        users = np.full(rows, _one_user(user))
+        users = np.full(rows, one_user(user))
         return self.append_many(users, behaviours, stream=stream, sync=sync)
 
     def append_many(
@@ -227,8 +213,8 @@ class Vault:
 
         See `append`.
         """
-        columns = self._checked(users, behaviours)
-        with self._mutex:
+        columns = checked_columns(self.schema, users, behaviours)
+        with self._writing:
             self._must_write()
             state, number = self._state, self._state.stream(stream)
             users = user_ids(users)
@@ -238,25 +224,9 @@ class Vault:
             if len(users):
                 payload = log.append_payload(number, state.schema, users, columns)
                 self._logged(log.frame(log.APPEND, payload), sync)
-                state.streams[number].add(users, columns)
+                with self._mutex:
+                    state.streams[number].add(users, columns)
             return len(users)
-
-    def _checked(
-        self, users: np.ndarray, behaviours: Mapping[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        stored = self.schema.stored
-        if set(behaviours) != set(stored):
-            raise VaultError(f"columns {sorted(behaviours)}, the schema wants {sorted(stored)}")
-        columns = {}
-        for name, dtype in stored.items():
-            values = np.asarray(behaviours[name])
-            if values.shape != (len(users),):
-                raise VaultError(
-                    f"column {name!r} has shape {values.shape}, there are {len(users)} users"
-                )
-            check_values(name, values, dtype)
-            columns[name] = values.astype(dtype, copy=False)
-        return columns
 
     def _must_write(self) -> None:
         if self._broken:
@@ -297,7 +267,7 @@ class Vault:
         Raises:
           VaultError: as `append`; the columns are not sorted; a user is there already.
         """
-        with self._mutex:
+        with self._writing:
             self._must_write()
             return merging.bulk_load(self, blocks, self._state.stream(stream))
 
@@ -307,13 +277,13 @@ class Vault:
         Args:
           budget: stops when this many bytes of parts are written; None merges all.
           min_rows: leaves tails shorter than this where they are: a tail costs the rewriting of
-            up to twice `block_rows` behaviours, however short it is.
+            the newest part at least, up to twice `block_rows` behaviours, however short it is.
         Returns:
           Bytes of parts written; 0 when there was nothing to do.
         Raises:
           VaultError: as `append`. The fresh tails then stay where they are.
         """
-        with self._mutex:
+        with self._writing:
             self._must_write()
             return merging.merge(self, budget, min_rows)
 
@@ -323,7 +293,7 @@ class Vault:
         Returns:
           Bytes of parts written, at most about `budget`.
         """
-        with self._mutex:
+        with self._writing:
             self._must_write()
             return merging.reclaim(self, budget, dead)
 
@@ -332,7 +302,7 @@ class Vault:
 
         `merge` does so when the log is long. With `schema` the vault goes on under a newer one.
         """
-        with self._mutex:
+        with self._writing:
             self._must_write()
             merging.checkpoint(self, schema)
 
@@ -344,191 +314,6 @@ class Vault:
         """
         self.schema.check_successor(schema)
         self.checkpoint(schema)
-
-    # --- reading
-
-    def refresh(self) -> None:
-        """Takes in what the writer did since the last read; every read does this by itself."""
-        if self.writable:
-            return
-        stamp = _stamp(self.path)
-        self._state.replay()
-        if stamp == self._stamp:
-            return
-        for attempt in range(10):
-            try:
-                manifest, _ = read_manifest(self.path)
-                if not self._state.switch_log(manifest):
-                    old, self._state = self._state, State(self.path)
-                    old.close()
-                break
-            except (VaultError, FileNotFoundError):
-                newer = _stamp(self.path)
-                if newer == stamp or attempt == 9:
-                    raise
-                stamp = newer
-        self._stamp = stamp
-        self._state.replay()
-
-    def last_n(
-        self,
-        users: np.ndarray,
-        n: int,
-        *,
-        before: np.ndarray | None = None,
-        end: np.ndarray | None = None,
-        columns: Iterable[str] | None = None,
-        stream: str | Sequence[str] | None = None,
-    ) -> dict[str, np.ndarray]:
-        """The last `n` behaviours of each user, right-aligned, padded with 0 on the left.
-
-        Args:
-          users: [B] user ids; one that the vault does not know has no behaviours.
-          before: [B] seconds, or one number; behaviours strictly earlier are seen.
-          end: [B] positions; behaviours 0 .. end - 1 of the user are seen.
-          columns: the columns wanted; all of the schema by default. Time always comes along.
-          stream: a stream's name; several: merged by time (ties in the order given), with a column
-            "stream" of indices into those given. None: the only stream, or all of them merged.
-        Returns:
-          {column: [B, n] of the schema's dtype, "time": [B, n] int32, "mask": [B, n] bool}.
-        Raises:
-          DamagedError: a history's bytes are damaged; its `users` says whose. Others are readable.
-          VaultError: a column or stream is unknown, both `end` and `before` are given, an end is
-            out of range, or `end` is asked of several streams.
-        """
-        names = tuple(columns) if columns is not None else None
-        querying.check_question(n, before, end)
-        users = user_ids(users)
-        if stream is None:
-            stream = self.streams if len(self.streams) > 1 else self.streams[0]
-        if isinstance(stream, str):
-            return self._last_n(users, n, before, end, names, stream)
-        if end is not None:
-            raise VaultError("positions are those of one stream; name it")
-        found = [self._last_n(users, n, before, None, names, name) for name in stream]
-        return querying.merged_by_time(found, n)
-
-    def _last_n(self, users, n, before, end, names, stream):
-        return self._asked(stream, users, names, querying.last_n, n, before, end)
-
-    def _asked(self, stream, users, names, question, *arguments):
-        """question(what the state holds of the users, users, ...), read without the lock."""
-        while True:
-            with self._mutex:
-                self.refresh()
-                state = self._state
-                looked = querying.look_up(state, state.stream(stream), users, names)
-            try:
-                return question(looked, users, *arguments)
-            except MissingError:  # reclaimed meanwhile, if the state is a newer one
-                with self._mutex:
-                    self.refresh()
-                    if self._state is state:
-                        raise
-
-    def lengths(self, users: np.ndarray, *, stream: str = DEFAULT) -> np.ndarray:
-        """How many behaviours each of `users` [B] has in the stream: [B] int64."""
-        users = user_ids(users)
-        return self._asked(stream, users, (), lambda looked, _: looked.totals)
-
-    def resolve(
-        self, users: np.ndarray, before_time: np.ndarray, *, stream: str = DEFAULT
-    ) -> np.ndarray:
-        """End positions: how many behaviours of each user are strictly earlier than a time.
-
-        Args:
-          users: [B] user ids.
-          before_time: [B] seconds, or one number for all.
-        Returns:
-          [B] int64 in 0 .. length.
-        """
-        users = user_ids(users)
-        return self._asked(stream, users, (), querying.resolve, before_time)
-
-    def users(self, *, stream: str = DEFAULT) -> np.ndarray:
-        """Every user of a stream: sorted int64."""
-        with self._mutex:
-            self.refresh()
-            return np.sort(self._state.streams[self._state.stream(stream)].index.entries["user"])
-
-    def scan(
-        self,
-        *,
-        columns: Iterable[str] | None = None,
-        stream: str = DEFAULT,
-        block_rows: int = 1 << 18,
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """All behaviours, sorted by (user, time, arrival), in blocks of about `block_rows`.
-
-        Every user is whole in one block. What is appended while the scan runs is seen for users
-        that it has not reached.
-
-        Yields:
-          {"user": [N] int64, "time": [N] int32, column: [N]}.
-        """
-        names = tuple(columns) if columns is not None else None
-        users = self.users(stream=stream)
-        step = 4096
-        for start in range(0, len(users), step):
-            group = users[start : start + step]
-            blocks = self._asked(stream, group, names, querying.flat_blocks, block_rows)
-            yield from blocks
-
-    # --- looking after it
-
-    def verify(self) -> list[Damage]:
-        """Reads every byte of the vault's files and names all that is not as written."""
-        from seqvault.verification import verify
-
-        return verify(self.path)
-
-    def stats(self) -> dict:
-        """Counts and bytes: users, behaviours, fresh ones, index, files, reads, writes."""
-        with self._mutex:
-            self.refresh()
-            return querying.stats(self)
-
-    def snapshot(self, path: str | os.PathLike, *, stream: str = DEFAULT) -> str:
-        """Writes the stream as an immutable snapshot for training; its content hash.
-
-        Rows of the snapshot are the users in rising order; `Snapshot.users` gives their ids.
-        Later appends, late events among them, never enter it.
-        """
-        from seqvault.snapshot import bulk_build
-
-        users = self.users(stream=stream)
-        blocks = (
-            {**block, "user": np.searchsorted(users, block["user"])}
-            for block in self.scan(stream=stream)
-        )
-        return bulk_build(path, self.schema, len(users), blocks, users=users)
-
-
-def user_ids(users: np.ndarray) -> np.ndarray:
-    """`users` as [B] int64; unsigned numbers of 64 bits keep their bits.
-
-    Raises:
-      VaultError: they are not a vector of integers.
-    """
-    users = np.asarray(users)
-    if users.ndim != 1 or (users.dtype.kind not in "iu" and users.size):
-        raise VaultError(f"users must be a vector of integers, not {users.dtype}{users.shape}")
-    return np.ascontiguousarray(users.astype(np.int64, copy=False))
-
-
-def _one_user(user: int) -> np.int64:
-    if not -(1 << 63) <= user < 1 << 64:
-        raise VaultError(f"user {user} is no number of 64 bits")
-    return np.uint64(user).astype(np.int64) if user >= 1 << 63 else np.int64(user)
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes whenever the manifest does."""
-    try:
-        found = os.stat(path / MANIFEST)
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns
 
 
 def _locked(path: Path) -> int:

@@ -12,6 +12,8 @@ from seqvault.index import place_of
 from seqvault.part import NO_PLACE, bound, encode
 from seqvault.segments import segment_path
 
+BLOCK_ROWS = 1024
+LARGEST = 64  # blocks of the largest part: bounds what one merge rewrites
 SEGMENT_BYTES = 256 << 20
 _BUFFER_BYTES = 4 << 20
 
@@ -84,17 +86,17 @@ class PartWriter:
         previous: int = NO_PLACE,
         previous_bytes: int = 0,
     ) -> tuple[int, int]:
-        """Like `write`, in parts of `block_rows`, the newest of up to twice as many.
+        """Writes rows from `first_row` to the newest, in parts as `cuts` says: the newest's place.
 
-        The newest part thus alone serves reads of `block_rows` behaviours.
+        `first_row` is where one of the history's parts starts, and `previous` the part before it.
+        The newest part alone serves reads of `block_rows` behaviours.
         """
-        at = 0
-        for start, stop in cuts(words.shape[1], block_rows):
-            previous, previous_bytes = self.write(
-                words[:, start:stop], user, stream, version, first_row + at, previous,
-                previous_bytes,
-            )  # fmt: skip
-            at = stop
+        for start, stop in cuts(first_row + words.shape[1], block_rows):
+            if start >= first_row:
+                previous, previous_bytes = self.write(
+                    words[:, start - first_row : stop - first_row], user, stream, version, start,
+                    previous, previous_bytes,
+                )  # fmt: skip
         return previous, previous_bytes
 
     def flush(self) -> None:
@@ -133,8 +135,26 @@ class PartWriter:
 
 
 def cuts(rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of a history's parts, oldest first."""
-    whole = max(rows // block_rows, 1) - 1
-    for k in range(whole):
-        yield k * block_rows, (k + 1) * block_rows
-    yield whole * block_rows, rows
+    """Row ranges of a history's parts, oldest first.
+
+    The newest part has one to two blocks of rows. The blocks before it lie in parts of falling
+    powers of two, like the digits of their number: a read of n rows meets about log2 of n parts,
+    and a growing history joins a block with its elders once per digit.
+    """
+    older, at, blocks = max(rows // block_rows, 1) - 1, 0, LARGEST
+    while older:
+        while blocks > older:
+            blocks //= 2
+        yield at, at + blocks * block_rows
+        at, older = at + blocks * block_rows, older - blocks
+    yield at, rows
+
+
+def kept_rows(before: int, after: int, block_rows: int) -> int:
+    """Rows in the oldest parts that stay when a history of `before` rows grows to `after`."""
+    kept = 0
+    for (old, _), (new, _) in zip(cuts(before, block_rows), cuts(after, block_rows), strict=False):
+        if old != new:
+            break
+        kept = old
+    return kept

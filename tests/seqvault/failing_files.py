@@ -9,7 +9,7 @@ from pathlib import Path
 from seqvault.files import File, Files
 
 
-class _UnsyncedFile(File):
+class UnsyncedFile(File):
     def sync(self):
         pass
 
@@ -18,13 +18,13 @@ class UnsyncedFiles(Files):
     """Fsyncs nothing: tests that lose no power need not wait for a busy disk."""
 
     def open(self, path):
-        return _UnsyncedFile(path)
+        return UnsyncedFile(path)
 
     def sync_directory(self, path):
         pass
 
 
-class _TrackedFile(_UnsyncedFile):
+class _TrackedFile(UnsyncedFile):
     def __init__(self, layer, path, key):
         super().__init__(path)
         self._layer, self._key = layer, key
@@ -100,11 +100,14 @@ class LossyFiles(UnsyncedFiles):
 class FullDisk(LossyFiles):
     """Writes fail once `room` bytes are used; half of the failing write still reaches the file."""
 
-    def __init__(self, room: int):
+    def __init__(self, room: int, of: str = ""):
+        """`of`: only files whose names start so need room."""
         super().__init__()
-        self.room = room
+        self.room, self._of = room, of
 
     def before_write(self, file, size):
+        if not file.path.name.startswith(self._of):
+            return
         if size > self.room:
             os.pwrite(file.fd, bytes(size // 2), file.size)
             os.ftruncate(file.fd, file.size)  # as File.write does when the system fails it

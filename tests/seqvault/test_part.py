@@ -88,13 +88,12 @@ def encoded(values, schema=SCHEMA, user=7):
 
 def read(buf, end, limit, before, want, n, available=None, user=7, layout=None):
     layout = layout or Layout([SCHEMA], None)
-    out, offsets, listed = layout.zeros(n)
-    views = layout.views(out, listed, (n,))
+    out, plan, views = layout.zeros(n)
     results = np.zeros((1, unpacking.RESULTS), np.int64)
     one = lambda value: np.array([value], np.int64)  # noqa: E731
     chains.read_parts(
         buf, one(end), one(end if available is None else available), one(user), 0, one(limit),
-        one(before), one(want), one(n), layout.wanted, layout.sizes, offsets, layout.defaults,
+        one(before), one(want), one(n), layout.wanted, plan,
         out, results,
     )  # fmt: skip
     return results[0], views
@@ -186,12 +185,11 @@ def test_a_chain_that_loops_is_damaged():
     size = part.encode(words, buf, 0, 7, 0, 0, 5, 0, 0)
     part.encode(words, buf, 0, 7, 0, 0, 5, 0, size)  # previous: place 0, its own
     layout, one = Layout([SCHEMA], None), np.ones(1, np.int64)
-    out, offsets, _ = layout.zeros(1000)
+    out, plan, _ = layout.zeros(1000)
     found = np.zeros((1, chains.FOUND), np.int64)
     chains.read_last(
-        buf, np.zeros(0, np.int32), 7 * one, 0, 0 * one, size * one, 1000 * one, 1000,
-        np.zeros(0, np.int64), False, layout.wanted, layout.sizes, offsets, layout.defaults, out,
-        found,
+        buf, np.zeros(0, np.int32), 7 * one, 0, np.array([[0], [size], [1000]]), 1000,
+        np.zeros(0, np.int64), False, layout.wanted, plan, out, found,
     )  # fmt: skip
     assert found[0, 0] == unpacking.DAMAGED
 

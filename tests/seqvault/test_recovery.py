@@ -288,6 +288,44 @@ def test_after_a_failed_fsync_nothing_is_acknowledged_until_a_reopen(tmp_path):
         vault.append_many(users, columns, sync=True)
 
 
+@pytest.mark.parametrize("segment_bytes", [200, 10**9])
+@pytest.mark.parametrize("fails", ["fsync", "log"])
+def test_a_failed_merge_leaves_no_bytes_behind(tmp_path, fails, segment_bytes):
+    """Its parts hold rows that are still fresh: who walked over them would count these twice."""
+    rng = np.random.default_rng(0)
+    files = FailingSync() if fails == "fsync" else FullDisk(10**9, "log")
+    vault = seqvault.Vault.create(
+        tmp_path / "v", SCHEMA, files=files, block_rows=4, segment_bytes=segment_bytes
+    )
+    oracle = Oracle()
+
+    def append(users=5):
+        users, columns = draw(rng, 30, users=users)
+        vault.append_many(users, columns)
+        oracle.append(users, columns)
+
+    append()
+    vault.merge()
+    append()
+    files.fail, files.room = True, 0
+    with pytest.raises(seqvault.VaultError, match="nothing was merged|No space left"):
+        vault.merge()
+    files.fail, files.room = False, 10**9
+    oracle.check_scan(vault)
+    append(users=1)
+    vault.merge(min_rows=30)  # writes behind where the failed one wrote; all others stay fresh
+    assert vault.stats()["streams"]["default"]["fresh_behaviours"] > 10
+    oracle.check_scan(vault)
+    assert vault.verify() == []
+    vault.checkpoint()
+    vault.close()
+    (index,) = (tmp_path / "v").glob("index-*.sv")
+    index.write_bytes(b"")  # what follows walks over every byte of the segments
+    with seqvault.Vault.open(tmp_path / "v") as rebuilt:
+        assert [d.file for d in rebuilt.damages] == [index.name]
+        oracle.check_scan(rebuilt)
+
+
 READER = """
 import sys, time, numpy as np, seqvault
 vault = seqvault.Vault.open(sys.argv[1])

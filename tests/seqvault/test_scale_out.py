@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import seqvault
-from seqvault.backends import BackendVault, DirectoryBackend, RedisBackend
+from seqvault.backend_vault import BackendVault
+from seqvault.backends import DirectoryBackend, RedisBackend
 from seqvault.shards import Shards, shard_of
+from seqvault.writing import cuts
 from tests.seqvault.oracle import SCHEMA, Oracle, draw
 
 
@@ -130,6 +132,8 @@ def test_parts_in_a_backend_read_like_a_vault(backend):
     keys = set(backend.list_keys("shop/"))
     assert {f"shop/default/{u}" for u in range(6)} <= keys
     assert all(key.startswith("shop/") for key in keys)
+    blocks = sum(len(list(cuts(len(oracle.history(user)), 4))) for user in range(6))
+    assert len(keys) == blocks + 1  # what nobody names is deleted; the schemas
     whole = backend.get_blocks(["shop/default/3"])[0]
     for bit in range(7, 8 * len(whole), 101):
         flipped = bytearray(whole)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import seqvault
-from tests.seqvault.failing_files import UnsyncedFiles
+from tests.seqvault.failing_files import UnsyncedFile, UnsyncedFiles
 from tests.seqvault.oracle import NAMES, SCHEMA, Oracle, draw
 
 FILES = UnsyncedFiles()
@@ -89,6 +89,18 @@ def test_an_append_can_be_read_at_once_by_everybody(vault):
         for who in (vault, reader):
             found = who.last_n(np.array([2**64 - 1], np.uint64), 9)
             assert found["item"][0, -1] == 0 and found["mask"].sum() == i + 1
+
+
+def test_a_read_too_long_for_one_record_is_the_same(vault, monkeypatch):
+    vault.append(3, rows([5, 6]))
+    vault.merge()
+    found = vault.last_n([3, 4], 3)
+    monkeypatch.setattr("seqvault.reading._RECORD_BYTES", 0)
+    longer = vault.last_n([3, 4, 3], 3)
+    assert found["item"].tolist() == [[0, 0, 1], [0] * 3]
+    for name, values in found.items():
+        assert longer[name].tolist() == [*values.tolist(), values[0].tolist()]
+        assert longer[name].dtype == values.dtype
 
 
 def test_one_behaviour_as_numbers(vault):
@@ -249,6 +261,38 @@ def test_bulk_loads_are_read_like_appends(tmp_path):
     assert vault.verify() == []
 
 
+@pytest.mark.parametrize("largest", [64, 4])
+def test_a_deep_read_takes_few_reads_however_the_history_grew(tmp_path, monkeypatch, largest):
+    """One read for n up to a block, one more per doubling, then one per largest part."""
+    monkeypatch.setattr("seqvault.writing.LARGEST", largest)
+    rng = np.random.default_rng(0)
+    options = {"block_rows": 4, "files": FILES}
+    grown = seqvault.Vault.create(tmp_path / "grown", SCHEMA, **options)
+    count, bulk = 0, 0
+    while count < 400:
+        step = int(rng.integers(1, 30))
+        grown.append(1, rows(range(count, count + step)))
+        grown.merge()
+        count += step
+        if count > 100 * bulk:
+            bulk += 1
+            loaded = seqvault.Vault.create(tmp_path / f"loaded{bulk}", SCHEMA, **options)
+            whole = {n: np.array(c) for n, c in rows(range(count)).items()}
+            loaded.bulk_load([{"user": np.ones(count, int), **whole}])
+            for vault in (grown, loaded):
+                for n in (1, 4, 5, 8, 9, 16, 17, 31, 100, count):
+                    before = vault.stats()["preads"]
+                    found = vault.last_n([1], n)["time"][0].tolist()
+                    assert found == [0] * (n - count) + list(range(max(0, count - n), count))
+                    doublings = min(max(n - 1, 0).bit_length() - 2, largest.bit_length())
+                    most = 1 + max(doublings, 0) + n // (4 * largest)
+                    assert vault.stats()["preads"] - before <= most, n
+            loaded.close()
+    assert bulk > 3
+    assert grown.verify() == []
+    grown.close()
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -322,6 +366,51 @@ def test_threads_read_while_the_writer_appends_and_merges(vault):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+class _StuckFile(UnsyncedFile):
+    def sync(self):
+        self.layer.reached.set()
+        assert self.layer.go_on.wait(60)
+
+
+class StuckFiles(UnsyncedFiles):
+    """Fsyncs take as long as the test wants."""
+
+    def __init__(self):
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def open(self, path):
+        file = _StuckFile(path)
+        file.layer = self
+        return file
+
+
+@pytest.mark.parametrize("step", ["append", "merge", "checkpoint"])
+def test_reads_go_on_while_the_disk_works(tmp_path, step):
+    files = StuckFiles()
+    vault = seqvault.Vault.create(tmp_path / "v", SCHEMA, files=files)
+    vault.append(1, rows([1]))
+    steps = {
+        "append": lambda: vault.append(1, rows([2]), sync=True),
+        "merge": vault.merge,
+        "checkpoint": vault.checkpoint,
+    }
+    files.go_on.clear()
+    files.reached.clear()
+    writer = threading.Thread(target=steps[step])
+    writer.start()
+    assert files.reached.wait(60)
+    reads = []
+    reader = threading.Thread(target=lambda: reads.append(vault.last_n([1], 2)["mask"].sum()))
+    reader.start()
+    reader.join(30)
+    assert reads == [1] and writer.is_alive()
+    files.go_on.set()
+    writer.join(60)
+    assert vault.lengths([1]).tolist() == [2 if step == "append" else 1]
+    vault.close()
 
 
 def test_an_empty_vault_and_nobody(vault):
