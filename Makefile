@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
-SOURCES := ctr_jax sparsectr_jax lrea_jax baselines_jax seqvault configs benchmarks examples tests train.py eval.py
+SOURCES := ctr_jax sparsectr_jax lrea_jax baselines_jax kernels seqvault configs benchmarks examples tests train.py eval.py
 JOBS ?= 2
 
 .PHONY: demo test test-all lint clean
