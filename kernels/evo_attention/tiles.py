@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ctr_jax.layers import accumulation_dtype
-from sparsectr_jax.evo_layout import (
+from kernels.dispatch import platform
+from kernels.evo_attention.arguments import Band, Prefix, accumulation_dtype, scale_of
+from kernels.evo_attention.layout import (
     Tiling,
     choose_tiling,
     long,
@@ -36,45 +37,25 @@ from sparsectr_jax.evo_layout import (
     take,
     unlong,
 )
+from kernels.evo_attention.rel_temporal import split
 
 SAVED = "evo_branches"  # jax.checkpoint name of the outputs and their normalisers
 HIDDEN = -1e30  # a logit that is not visible; EMPTY is larger: no visible logit is below it
 EMPTY = -1e29
 
 
-class Prefix(NamedTuple):
-    """Keys that queries see from some position on: one branch, global or transition.
-
-    k, v: [B, S, H, K]. time, position: [B, S] int32; a query at i sees those with position < i.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    time: jax.Array
-    position: jax.Array
-
-
-class Band(NamedTuple):
-    """What the local branch needs. k, v: [B, L, H, K]. user_k, user_v: [B, H, K]."""
-
-    k: jax.Array
-    v: jax.Array
-    user_k: jax.Array
-    user_v: jax.Array
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def tiled_branches(static, q, prefixes, band, slopes, times, mask):
+def tiled_branches(spec, q, prefixes, band, slopes, times, mask):
     """The branches for behaviours' queries.
 
     Args:
-      static: (EvoSpec, logits per tile).
+      spec: Static; tile_logits 0 chooses.
       q: [B, L, H, K]. prefixes: tuple of Prefix. band: Band or None. slopes: [3, H].
       times, mask: [B, L].
     Returns:
       one [B, L, H, K] per prefix, then one for the band, in q's dtype.
     """
-    return _forward(static, q, prefixes, band, slopes, times, mask)[0]
+    return _forward(spec, q, prefixes, band, slopes, times, mask)[0]
 
 
 class _Inputs(NamedTuple):
@@ -90,12 +71,11 @@ class _Inputs(NamedTuple):
     coefficients: jax.Array  # [H, R + 1]
 
 
-def _prepare(static, q, prefixes, band, slopes, times, mask) -> _Inputs:
-    spec, budget = static
+def _prepare(spec, q, prefixes, band, slopes, times, mask) -> _Inputs:
     dtype = accumulation_dtype(q.dtype)
-    keys = [p.k.shape[1] for p in prefixes] + [0 if band is None else spec.w + 1]
-    tiling = choose_tiling(q.shape[0], q.shape[1], q.shape[2], max(keys), budget)
-    halo = 0 if band is None else spec.w - 1
+    keys = [p.k.shape[1] for p in prefixes] + [0 if band is None else spec.window + 1]
+    tiling = choose_tiling(q.shape[0], q.shape[1], q.shape[2], max(keys), _budget(spec))
+    halo = 0 if band is None else spec.window - 1
 
     def heads_first(x):  # [B, S, H, K] -> [G, groups, H, S, K]
         return rows(jnp.swapaxes(x, 1, 2), tiling)
@@ -104,7 +84,7 @@ def _prepare(static, q, prefixes, band, slopes, times, mask) -> _Inputs:
     return _Inputs(
         tiling,
         halo,
-        long(q * _scale(q, spec), tiling),
+        long(q * scale_of(q, spec), tiling),
         tuple(
             (
                 heads_first(p.k),
@@ -127,8 +107,9 @@ def _prepare(static, q, prefixes, band, slopes, times, mask) -> _Inputs:
     )
 
 
-def _scale(q, spec) -> float:
-    return q.shape[-1] ** -0.5 if spec.scale is None else spec.scale
+def _budget(spec) -> int:
+    """Logits of a tile: what stays in a CPU's cache; on accelerators, 256 MB of float32."""
+    return spec.tile_logits or (600_000 if platform() == "cpu" else 64_000_000)
 
 
 # ---- one branch of one tile ------------------------------------------------------------------
@@ -182,7 +163,7 @@ def _slope_gradients(d_logits, terms):
 
 def _prefix_terms(spec, query_clock, query_position, clock, position, dtype):
     """[G, R + 1, S, T]; clocks [G, 4, T] and [G, 4, S], positions [T] and [G, S]."""
-    terms = spec.rel.terms(query_clock[:, :, None], clock[..., None], dtype)
+    terms = spec.rel.terms(split(query_clock[:, :, None]), split(clock[..., None]), dtype)
     visible = position[:, :, None] < query_position
     return jnp.stack([*terms, jnp.where(visible, dtype(0), dtype(HIDDEN))], 1)
 
@@ -194,10 +175,10 @@ def _shifted(x, s: int, w: int):
 
 def _band_terms(spec, clock, mask, dtype):
     """[G, R + 1, w + 1, T] from clock [G, 4, T + w - 1] and mask [G, T + w - 1]."""
-    w = spec.w
+    w = spec.window
     key_clock = jnp.stack([_shifted(clock, s, w) for s in range(w)], 2)
     visible = jnp.stack([_shifted(mask, s, w) for s in range(w)], 1)
-    terms = spec.rel.terms(_shifted(clock, 0, w)[:, :, None], key_clock, dtype)
+    terms = spec.rel.terms(split(_shifted(clock, 0, w)[:, :, None]), split(key_clock), dtype)
     terms = jnp.stack([*terms, jnp.where(visible, dtype(0), dtype(HIDDEN))], 1)
     # The user key comes first: no bias, always visible.
     return jnp.pad(terms, ((0, 0), (0, 0), (1, 0), (0, 0)))
@@ -235,10 +216,9 @@ def _band_over_queries(x, q, w: int):
 # ---- forward and backward over all tiles -----------------------------------------------------
 
 
-def _forward(static, q, prefixes, band, slopes, times, mask):
-    spec, _ = static
-    x = _prepare(static, q, prefixes, band, slopes, times, mask)
-    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.w, x.tiling.width, x.halo
+def _forward(spec, q, prefixes, band, slopes, times, mask):
+    x = _prepare(spec, q, prefixes, band, slopes, times, mask)
+    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.window, x.tiling.width, x.halo
     branches = len(prefixes) + (band is not None)
     out = (jnp.zeros_like(x.q),) * branches
     log_total = (jnp.zeros(x.q.shape[:3] + x.q.shape[4:], dtype),) * branches
@@ -278,18 +258,17 @@ def _forward(static, q, prefixes, band, slopes, times, mask):
     return tuple(unlong(o, q.shape[1]) for o in out), log_total
 
 
-def _forward_rule(static, q, prefixes, band, slopes, times, mask):
-    results = _forward(static, q, prefixes, band, slopes, times, mask)
+def _forward_rule(spec, q, prefixes, band, slopes, times, mask):
+    results = _forward(spec, q, prefixes, band, slopes, times, mask)
     # Where a caller makes activations anew, these are worth keeping: see model.SparseCTR.
     out, log_total = checkpoint_name(results, SAVED)
     return out, (q, prefixes, band, slopes, times, mask, out, log_total)
 
 
-def _backward_rule(static, residuals, d_out):
+def _backward_rule(spec, residuals, d_out):
     q, prefixes, band, slopes, times, mask, out, log_total = residuals
-    spec, _ = static
-    x = _prepare(static, q, prefixes, band, slopes, times, mask)
-    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.w, x.tiling.width, x.halo
+    x = _prepare(spec, q, prefixes, band, slopes, times, mask)
+    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.window, x.tiling.width, x.halo
     batch, length = q.shape[:2]
     do_out = [
         rows(
@@ -386,7 +365,7 @@ def _backward_rule(static, residuals, d_out):
     d_slopes = jnp.zeros_like(slopes)
     for i, part in enumerate(spec.rel.parts):
         d_slopes = d_slopes.at[part].set(-grads["coefficients"][:, i].astype(slopes.dtype))
-    dq = unlong(grads["q"], length) * _scale(q, spec)
+    dq = unlong(grads["q"], length) * scale_of(q, spec)
     return dq.astype(q.dtype), d_prefixes, d_band, d_slopes, None, None
 
 
