@@ -32,7 +32,7 @@ def platform() -> str:
 
 
 def device_kind() -> str:
-    """The target's device kind, as "TPU v5e" or "NVIDIA H200"; found as `platform` is."""
+    """The target's device kind, as "TPU v5 lite" or "NVIDIA H200"; found as `platform` is."""
     device = _mesh_device()
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from kernels import dispatch
 
@@ -70,7 +70,8 @@ def test_kernels_run_on_their_platform_or_interpreted():
 
 
 def test_a_mesh_that_xla_would_partition_is_refused_unless_manual():
-    mesh = AbstractMesh((2, 1), ("data", "model"), abstract_device=device("tpu"))
+    automatic = (AxisType.Auto,) * 2
+    mesh = AbstractMesh((2, 1), ("data", "model"), automatic, abstract_device=device("tpu"))
     seen = traced(lambda: dispatch.cannot_run_here(False), jax.sharding.use_abstract_mesh(mesh))
     assert "jax.shard_map" in seen["pallas_tpu"] and "a gpu" in seen["pallas_gpu"]
 
@@ -80,23 +81,25 @@ def test_a_mesh_that_xla_would_partition_is_refused_unless_manual():
         seen.append(dispatch.cannot_run_here(False))
         return x
 
-    spec = jax.P("data")
+    spec, shape = jax.P("data"), jax.ShapeDtypeStruct((4,), jnp.float32)
     with jax.sharding.use_abstract_mesh(mesh):
-        jax.eval_shape(jax.shard_map(body, in_specs=spec, out_specs=spec), jnp.zeros(4))
+        jax.eval_shape(jax.shard_map(body, in_specs=spec, out_specs=spec), shape)
     assert set(seen[0]) == {"pallas_gpu"}
 
 
 def test_block_sizes_take_the_smallest_bucket_that_holds_the_length():
     table = {
-        ("TPU v5e", "float32", 128): "small",
-        ("TPU v5e", "float32", 1024): "large",
-        ("TPU v5e", "bfloat16", 1024): "half",
+        ("TPU v5 lite", "float32", 128): "small",
+        ("TPU v5 lite", "float32", 1024): "large",
+        ("TPU v5 lite", "bfloat16", 1024): "half",
     }
 
     def sizes(kind, dtype, length):
         return dispatch.block_sizes(table, kind, dtype, length, "default")
 
-    assert sizes("TPU v5e", jnp.float32, 1) == sizes("TPU v5e", np.float32, 128) == "small"
-    assert sizes("TPU v5e", "float32", 129) == "large"
-    assert sizes("TPU v5e", jnp.bfloat16, 7) == "half"
-    assert sizes("TPU v5e", jnp.float32, 1025) == sizes("TPU v6e", jnp.float32, 1) == "default"
+    assert sizes("TPU v5 lite", jnp.float32, 1) == sizes("TPU v5 lite", np.float32, 128) == "small"
+    assert sizes("TPU v5 lite", "float32", 129) == "large"
+    assert sizes("TPU v5 lite", jnp.bfloat16, 7) == "half"
+    assert (
+        sizes("TPU v5 lite", jnp.float32, 1025) == sizes("TPU v6 lite", jnp.float32, 1) == "default"
+    )
