@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from kernels.dispatch import cannot_run_here, choose
-from kernels.evo_attention import pallas_tpu, reference
+from kernels.evo_attention import pallas_gpu, pallas_tpu, reference
 from kernels.evo_attention.arguments import Band, Prefix, Recent, Static
 from kernels.evo_attention.rel_temporal import RelTemporal
 
 # Nothing here was measured on an accelerator: no kernel is a default anywhere.
 PREFERRED: dict[str, tuple[str, ...]] = {}
-IMPLEMENTATIONS = {"xla": reference, "pallas_tpu": pallas_tpu}
+IMPLEMENTATIONS = {"xla": reference, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
 
 def behaviour_branches(
@@ -124,7 +124,7 @@ def _module(implementation, spec, q, prefixes, local):
     if not prefixes and not local:
         raise ValueError("evo_attention: no branch is left")
     refusals = cannot_run_here(spec.interpret)
-    for name in ("pallas_tpu",):
+    for name in ("pallas_tpu", "pallas_gpu"):
         reason = IMPLEMENTATIONS[name].refusal(q, local, spec.window, spec.block)
         if reason:
             refusals.setdefault(name, reason)

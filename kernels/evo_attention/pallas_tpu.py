@@ -33,7 +33,9 @@ LOGIT_ELEMENTS = 16_384  # of [S, T]: what bounds VMEM, and the code, which is u
 
 def behaviour_branches(spec, q, prefixes, band, slopes, times, mask):
     """As api.behaviour_branches; one [B, L, H, K] per prefix, then one for the band if given."""
-    plan, slots, integers = behaviour_problem(spec, q, prefixes, band, times, mask, _group_size)
+    plan, slots, integers = behaviour_problem(
+        spec, q, prefixes, band, times, mask, _group_size, user_size=_group_size(1)
+    )
     k, v = (None, None) if band is None else (band.k, band.v)
     return _branches(plan, q, slots, k, v, slopes, integers)
 

@@ -49,19 +49,21 @@ class Slots(NamedTuple):
     integers: jax.Array
 
 
-def behaviour_problem(spec: Static, q, prefixes, band, times, mask, size_of):
+def behaviour_problem(spec: Static, q, prefixes, band, times, mask, size_of, user_size):
     """(Plan, Slots, integers of the queries [B, ROWS, L]) of api.behaviour_branches.
 
     Args:
-      size_of: slots in use -> size of the group.
+      size_of: slots in use -> size of the group. user_size: of the user key's.
     """
     groups = [(p.k, p.v, _integers(spec, p.time, p.position, 1)) for p in prefixes]
+    sizes = [size_of(p.k.shape[1]) for p in prefixes]
     if band is not None:
         groups.append(_user(spec, band))
+        sizes.append(user_size)
     position = jnp.broadcast_to(jnp.arange(times.shape[1], dtype=jnp.int32), times.shape)
     integers = jnp.swapaxes(_integers(spec, times, position, mask), 1, 2)
     has_band = band is not None
-    return *_packed(spec, q, groups, size_of, has_band, has_band), integers
+    return *_packed(spec, q, groups, sizes, has_band, has_band), integers
 
 
 def candidate_problem(spec: Static, q, prefixes, recent, request_time, size_of):
@@ -75,7 +77,8 @@ def candidate_problem(spec: Static, q, prefixes, recent, request_time, size_of):
         )
     times = jnp.broadcast_to(request_time[:, None], q.shape[:2])
     integers = jnp.swapaxes(_integers(spec, times, jnp.full_like(times, NEVER), 1), 1, 2)
-    return *_packed(spec, q, groups, size_of, False, recent is not None), integers
+    sizes = [size_of(k.shape[1]) for k, _, _ in groups]
+    return *_packed(spec, q, groups, sizes, False, recent is not None), integers
 
 
 def _integers(spec, time, position, flag):
@@ -92,10 +95,9 @@ def _user(spec, keys):
     return keys.user_k[:, None], keys.user_v[:, None], _integers(spec, zero, zero + ALWAYS, 0)
 
 
-def _packed(spec, q, groups, size_of, has_band, timeless):
+def _packed(spec, q, groups, sizes, has_band, timeless):
     padded, ends = [], [0]
-    for k, v, integers in groups:
-        size = size_of(k.shape[1])
+    for (k, v, integers), size in zip(groups, sizes, strict=True):
         edge = ((0, 0), (0, size - k.shape[1]), (0, 0))
         holes = jnp.pad(integers, edge)
         hole = jnp.arange(size) >= k.shape[1]
