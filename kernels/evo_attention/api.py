@@ -63,10 +63,10 @@ def behaviour_branches(
     """
     prefixes = {"global_keys": global_keys, "transition_keys": transition_keys}
     _check(q, prefixes, slopes, window)
-    batch, length, heads, width = q.shape
-    _check_shapes("times", {"times": times, "mask": mask}, (batch, length))
+    for name, x in (("times", times), ("mask", mask)):
+        _expect(name, x, q.shape[:2])
     if band is not None:
-        _check_shapes("band", band._asdict(), None, k=q.shape, user_k=(batch, heads, width))
+        _check_keys("band", band, q, q.shape[1])
     spec = Static(rel, window, scale, tile_logits, block, interpret)
     used = [p for p in prefixes.values() if p is not None]
     module = _module(implementation, spec, q, used, band is not None)
@@ -100,12 +100,9 @@ def candidate_branches(
     """
     prefixes = {"global_keys": global_keys, "transition_keys": transition_keys}
     _check(q, prefixes, slopes, 1)
-    batch, _, heads, width = q.shape
-    _check_shapes("request_time", {"request_time": request_time}, (batch,))
+    _expect("request_time", request_time, q.shape[:1])
     if recent is not None:
-        slots = (batch, recent.time.shape[-1])
-        _check_shapes("recent", recent._asdict(), slots, k=(*slots, heads, width),
-                      user_k=(batch, heads, width))  # fmt: skip
+        _check_keys("recent", recent, q, recent.time.shape[-1])
     spec = Static(rel, 1, scale, 0, block, interpret)
     used = [p for p in prefixes.values() if p is not None]
     module = _module(implementation, spec, q, used, recent is not None)
@@ -136,19 +133,29 @@ def _check(q, prefixes, slopes, window) -> None:
         raise ValueError(f"evo_attention: q must be float [B, n, H, K], got {q.dtype}{q.shape}")
     if window < 1:
         raise ValueError(f"evo_attention: window must be >= 1, got {window}")
-    batch, _, heads, width = q.shape
-    _check_shapes("slopes", {"slopes": slopes}, (3, heads))
+    _expect("slopes", slopes, (3, q.shape[2]))
     for name, keys in prefixes.items():
         if keys is not None:
-            slots = (batch, keys.time.shape[-1])
-            _check_shapes(name, keys._asdict(), slots, k=(*slots, heads, width))
+            _check_keys(name, keys, q, keys.time.shape[-1])
 
 
-def _check_shapes(of, arrays, plain, **shapes) -> None:
-    """Arrays named k, v and user_k, user_v have the shapes given by that name, others `plain`."""
-    for name, x in arrays.items():
-        expected = tuple(shapes.get(name.replace("v", "k") if name[-1] in "kv" else name, plain))
-        if tuple(x.shape) != expected:
+def _check_keys(of, keys, q, number) -> None:
+    """k, v [B, number, H, K] and user_k, user_v [B, H, K] in q's dtype, the others [B, number]."""
+    batch, _, heads, width = q.shape
+    for name, x in keys._asdict().items():
+        shape = {
+            "k": (batch, number, heads, width),
+            "v": (batch, number, heads, width),
+            "user_k": (batch, heads, width),
+            "user_v": (batch, heads, width),
+        }.get(name)
+        _expect(f"{of}: {name}", x, shape or (batch, number))
+        if shape and x.dtype != q.dtype:
             raise ValueError(
-                f"evo_attention: {of}: {name} must be {list(expected)}, got {list(x.shape)}"
+                f"evo_attention: {of}: {name} must be {q.dtype} as q is, got {x.dtype}"
             )
+
+
+def _expect(name, x, shape) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"evo_attention: {name} must be {list(shape)}, got {list(x.shape)}")
