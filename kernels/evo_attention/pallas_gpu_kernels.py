@@ -231,11 +231,12 @@ def backward_kernel(plan, width, *refs):
                 for d, term in zip(d_slopes, tile.terms[group], strict=True)
             ]
         if plan.has_band:
-            refs = (q_ref, *band_refs, log_total_ref, d_out_refs[-1])
-            dk, dv = _band_keys(tile, h, slopes, *refs)
+            k_ref, v_ref, product_ref = band_refs
+            refs = (q_ref, k_ref, v_ref, log_total_ref, d_out_refs[-1])
+            dk, dv = _band_keys(tile, h, slopes, *refs, product_ref)
             for ref, x in zip(d_band_refs, (dk, dv), strict=True):
                 _store(ref, tile.own, h, x)
-            added, more, dk, dv = _band_queries(tile, h, slopes, *refs, slot_k_ref, slot_v_ref)
+            added, more, dk, dv = _band_queries(tile, h, slopes, *refs, (slot_k_ref, slot_v_ref))
             for ref, x in ((d_slot_k_ref, dk), (d_slot_v_ref, dv)):
                 _store(ref, plan.groups[-1][0], h, x)
             dq = _add(dq, added)
@@ -248,38 +249,50 @@ def backward_kernel(plan, width, *refs):
     jax.lax.fori_loop(0, q_ref.shape[1], of_head, 0)
 
 
-def _band_queries(
-    tile, h, slopes, q_ref, k_ref, v_ref, product_ref, log_total_ref, do_ref, slot_k_ref, slot_v_ref
-):
-    """The band's part of dq, the slopes' gradients per query, and the user key's dk and dv."""
+def _band_queries(tile, h, slopes, q_ref, k_ref, v_ref, log_total_ref, do_ref, slot_refs):
+    """The band's part of dq, the slopes' gradients per query, and the user key's dk and dv.
+
+    d_logits = weights (product - mean of the products), and the mean is known at the end: sums with
+    and without the products go along. (do . out, where out was rounded, is no mean.)
+    """
     plan = tile.plan
     q = _float(_scaled(_load(q_ref, tile.rows, h), plan.scale))
-    do, mean = _float(_load(do_ref, tile.rows, h)), product_ref[h, tile.rows]
+    do = _float(_load(do_ref, tile.rows, h))
     log_total = log_total_ref[len(plan.groups) - 1, h, tile.own]
 
-    def gradients(k, v, bias):
+    def pair(k, v, bias):
         weights = jnp.where(tile.exists, jnp.exp(_inner(q, k) + bias - log_total), 0.0)
-        return weights, weights * (_inner(do, v) - mean)
+        return weights, weights * _inner(do, v)
 
     user = plan.groups[-1][0] + jnp.zeros_like(tile.rows)
-    user_k, user_v = (_float(_load(ref, user, h)) for ref in (slot_k_ref, slot_v_ref))
-    weights, d_logits = gradients(user_k, user_v, 0.0)
+    user_k, user_v = (_float(_load(ref, user, h)) for ref in slot_refs)
+    user_weights, user_products = pair(user_k, user_v, 0.0)
 
     def shift(s, carry):
-        dq, d_slopes = carry
-        rows, clock, visible = tile.behind(s)
-        bias, terms = tile.band_bias(tile.clock, clock, visible, slopes)
-        k = _float(_load(k_ref, rows, h))
-        _, d_logits = gradients(k, _float(_load(v_ref, rows, h)), bias)
-        d_slopes = [d + d_logits * term for d, term in zip(d_slopes, terms, strict=True)]
-        return _add(dq, _times(d_logits, k)), d_slopes
+        mean, rows_plain, rows, terms_plain, terms = carry
+        at, clock, visible = tile.behind(s)
+        bias, own = tile.band_bias(tile.clock, clock, visible, slopes)
+        k = _float(_load(k_ref, at, h))
+        weights, products = pair(k, _float(_load(v_ref, at, h)), bias)
+        return (
+            mean + products,
+            _add(rows_plain, _times(weights, k)),
+            _add(rows, _times(products, k)),
+            [x + weights * term for x, term in zip(terms_plain, own, strict=True)],
+            [x + products * term for x, term in zip(terms, own, strict=True)],
+        )
 
-    start = (_times(d_logits, user_k), [jnp.zeros_like(mean)] * len(slopes))
-    dq, d_slopes = jax.lax.fori_loop(0, plan.window, shift, start)
-    return dq, d_slopes, _sum(_times(d_logits, q)), _sum(_times(weights, do))
+    zeros = [jnp.zeros_like(log_total)] * len(slopes)
+    start = (user_products, _times(user_weights, user_k), _times(user_products, user_k), zeros,
+             zeros)  # fmt: skip
+    mean, rows_plain, rows, terms_plain, terms = jax.lax.fori_loop(0, plan.window, shift, start)
+    dq = _add(rows, _times(-mean, rows_plain))
+    d_slopes = [x - mean * y for x, y in zip(terms, terms_plain, strict=True)]
+    d_user = user_products - user_weights * mean
+    return dq, d_slopes, _sum(_times(d_user, q)), _sum(_times(user_weights, do))
 
 
-def _band_keys(tile, h, slopes, q_ref, k_ref, v_ref, product_ref, log_total_ref, do_ref):
+def _band_keys(tile, h, slopes, q_ref, k_ref, v_ref, log_total_ref, do_ref, product_ref):
     """dk and dv of the tile's own rows, from the w queries that see them."""
     plan, branch = tile.plan, len(tile.plan.groups) - 1
     k, v = (_float(_load(ref, tile.rows, h)) for ref in (k_ref, v_ref))

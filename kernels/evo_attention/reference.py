@@ -49,8 +49,9 @@ def _attend(spec, q, k, v, time, visible, slopes, request_time):
     for part, term in zip(spec.rel.parts, terms, strict=True):
         bias = slopes[part].astype(dtype)[:, None] * jnp.pad(term, ((0, 0), (user, 0)))[:, None]
         logits = logits - bias[:, :, None]
-    weights = _softmax(logits, visible[:, None, None]).astype(v.dtype)
-    return jnp.einsum("bhcs,bshk->bchk", weights, v)
+    weights = _softmax(logits, visible[:, None, None])
+    # Not rounded, so that neither are their gradients: the slopes' are sums that nearly cancel.
+    return jnp.einsum("bhcs,bshk->bchk", weights, v.astype(dtype)).astype(v.dtype)
 
 
 def _softmax(logits, mask):

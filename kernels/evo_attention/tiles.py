@@ -154,6 +154,11 @@ def _log_total(total, peak):
     return jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1)), jnp.inf)
 
 
+def _softmax_gradient(weights, d_weights):
+    """[G, H, S, T]: that of the logits."""
+    return weights * (d_weights - jnp.sum(weights * d_weights, 2, keepdims=True))
+
+
 def _slope_gradients(d_logits, terms):
     """[H, R + 1] from d_logits [G, H, S, T] and terms [G, R + 1, S, T]."""
     g, h = d_logits.shape[:2]
@@ -270,6 +275,9 @@ def _backward_rule(spec, residuals, d_out):
     x = _prepare(spec, q, prefixes, band, slopes, times, mask)
     dtype, w, width, halo = accumulation_dtype(q.dtype), spec.window, x.tiling.width, x.halo
     batch, length = q.shape[:2]
+    # do . out is the weights' mean of do . v, unless out was rounded: the error would not sum to 0
+    # over the keys, and the slopes' gradients multiply it by a time's logarithm.
+    exact = q.dtype == dtype
     do_out = [
         rows(
             pad_last(jnp.einsum("blhk,blhk->bhl", a, b, preferred_element_type=dtype), x.tiling),
@@ -309,10 +317,13 @@ def _backward_rule(spec, residuals, d_out):
             )
             logits = _product(k, q_tile) + _bias(x.coefficients, terms)
             weights = jnp.exp(logits - total[:, :, None])
-            # A column of -1 among the values subtracts do . out in the same product.
-            v_one = jnp.concatenate([v, -jnp.ones_like(v[..., :1])], -1)
-            do_one = jnp.concatenate([do, product[:, :, None].astype(do.dtype)], 2)
-            d_logits = weights * _product(v_one, do_one)
+            if exact:
+                # A column of -1 among the values subtracts do . out in the same product.
+                v_one = jnp.concatenate([v, -jnp.ones_like(v[..., :1])], -1)
+                do_one = jnp.concatenate([do, product[:, :, None]], 2)
+                d_logits = weights * _product(v_one, do_one)
+            else:
+                d_logits = _softmax_gradient(weights, _product(v, do))
             dq.append(_over_keys(jnp.swapaxes(k, 2, 3), d_logits))
             dk, dv = d_prefixes[branch]
             dk = put(dk, _over_queries(d_logits, q_tile), row, add=True)
@@ -328,7 +339,11 @@ def _backward_rule(spec, residuals, d_out):
             terms = _band_terms(spec, clock, take(x.mask, row, start, width + halo), dtype.type)
             logits = _band_products(q_wide, k, user_k, w) + _bias(x.coefficients, terms)
             weights = jnp.exp(logits - total[:, :, None])
-            d_logits = weights * (_band_products(do, v, user_v, w) - product[:, :, None])
+            d_weights = _band_products(do, v, user_v, w)
+            if exact:
+                d_logits = weights * (d_weights - product[:, :, None])
+            else:
+                d_logits = _softmax_gradient(weights, d_weights)
             dq.append(_band_over_keys(d_logits, k, user_k, w))
             dk, dv, d_user_k, d_user_v = grads["band"]
             dk_tile = _band_over_queries(d_logits[:, :, 1:], q_wide, w)

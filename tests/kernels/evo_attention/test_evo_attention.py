@@ -25,7 +25,7 @@ WAYS = {
 ALL = RelTemporal()
 BRANCHES = ("global", "transition", "local")
 OUTPUTS = [f"{query} {branch}" for query in ("behaviour", "candidate") for branch in BRANCHES]
-TOLERANCE = {"float32": 3e-5, "bfloat16": 3e-2}  # of the largest value
+TOLERANCE = {"float32": 5e-5, "bfloat16": 2e-2}  # of the largest value
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), compiler_options=QUICK)
