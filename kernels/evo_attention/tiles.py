@@ -248,7 +248,9 @@ def _forward(spec, q, prefixes, band, slopes, times, mask):
             # A row of ones among the values sums the weights in the same product.
             v_one = jnp.concatenate([jnp.swapaxes(v, 2, 3), jnp.ones_like(v[:, :, None, :, 0])], 2)
             unscaled = _over_keys(v_one, weights)
-            finish(branch, unscaled[:, :, :-1], unscaled[:, :, -1], peak)
+            # Of rounded weights that is no normaliser: the gradients would see a sum beside 1.
+            total = unscaled[:, :, -1] if q.dtype == dtype else jnp.sum(weights, 2)
+            finish(branch, unscaled[:, :, :-1], total, peak)
         if x.band is not None:
             k, v = (take(a, row, start, width + halo).astype(dtype) for a in x.band[:2])
             user_k, user_v = (take(a, row).astype(dtype) for a in x.band[2:])
