@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from kernels import dispatch
 
-MOST_SEGMENTS = 16  # of a block: they are unrolled
+MOST_SEGMENTS = 16  # of a block: each sums over all of its rows
 SUBLANES = 8
 
 

@@ -81,7 +81,7 @@ def _inside(block: jax.Array, first: Any, size: int, step: int) -> jax.Array:
     return jnp.where(index < size, block, jnp.zeros_like(block))
 
 
-def _of_segment(s: int, gates: jax.Array, shape: Shape) -> jax.Array:
+def _of_segment(s: Any, gates: jax.Array, shape: Shape) -> jax.Array:
     """[c, l] with zeros outside of the block's segment s."""
     if shape.rows.segments == 1:
         return gates
@@ -116,9 +116,13 @@ def _forward_kernel(
     for h in range(shape.heads):
         gates = _sigmoid(q_ref[:, shape.of_key(h)], k_ref[:, shape.of_key(h)], bias_ref[0, h])
         gates = jnp.where(mask_ref[...] > 0, gates, 0.0)
-        for s in range(rows.segments):
-            part = _of_segment(s, gates, shape).astype(v.dtype)
-            sums_ref[s, :, shape.of_sum(h)] += _dot(part, v[:, shape.of_value(h)], NN)
+        values, of_sum = v[:, shape.of_value(h)], shape.of_sum(h)
+
+        def of_segment(s, _, gates=gates, values=values, of_sum=of_sum):
+            part = _of_segment(s, gates, shape).astype(values.dtype)
+            sums_ref[s, :, of_sum] += _dot(part, values, NN)
+
+        jax.lax.fori_loop(0, rows.segments, of_segment, None)
     z_ref[...] = sums_ref[...].astype(z_ref.dtype)
 
 
@@ -165,14 +169,16 @@ def _backward_kernel(
         of_key, of_value = shape.of_key(h), shape.of_value(h)
         sigmoid = _sigmoid(q[:, of_key], k[:, of_key], bias_ref[0, h])
         gates = jnp.where(visible, sigmoid, 0.0)
-        of_gates = jnp.zeros_like(gates)
-        for s in range(rows.segments):
+
+        def of_segment(s, of_gates, gates=gates, h=h, of_value=of_value):
             dz = inside_candidates(dz_ref[s, :, shape.of_sum(h)])
             if rows.whole and shape.segments % rows.segments:
                 dz = jnp.where(t * rows.segments + s < shape.segments, dz, jnp.zeros_like(dz))
-            of_gates += _of_segment(s, _dot(dz, v[:, of_value], NT), shape)
             part = _of_segment(s, gates, shape).astype(dz.dtype)
             v_sum[:, of_value] += _dot(part, dz, TN)
+            return of_gates + _of_segment(s, _dot(dz, v[:, of_value], NT), shape)
+
+        of_gates = jax.lax.fori_loop(0, rows.segments, of_segment, jnp.zeros_like(gates))
         of_logits = of_gates * gates * (1 - sigmoid)
         bias_sum[i, :, h : h + 1] += jnp.sum(of_logits, axis=1, keepdims=True)
         of_logits = (of_logits * shape.key_width**-0.5).astype(q.dtype)
