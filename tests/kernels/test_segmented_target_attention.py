@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels import ahead_of_time
 from kernels.segmented_target_attention import segmented_target_attention, shapes
 from kernels.segmented_target_attention.blocks import Blocks, tiling
+from tests.kernels.cases import (
+    CHECKED,
+    IMPLEMENTATIONS,
+    QUICK,
+    TARGETS,
+    needs_tpu_compiler,
+    sizes,
+)
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
-CHECKED = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-IMPLEMENTATIONS = {
-    "xla": dict(implementation="xla"),
-    "pallas_tpu": dict(implementation="pallas_tpu", interpret=True),
-    "pallas_gpu": dict(implementation="pallas_gpu", interpret=True),
-}
 NAMES = ("z", "dq", "dk", "dv", "dbias")
 
 
@@ -146,13 +146,12 @@ def test_bfloat16_is_rounded_and_no_more(implementation):
     check(case, arguments, got)
 
 
-@pytest.mark.parametrize("implementation", ["pallas_tpu"])
 @pytest.mark.parametrize(
     "name", ["segments_of_blocks", pytest.param("paper", marks=pytest.mark.slow)]
 )
-def test_no_race_and_nothing_uninitialised_is_read(name, implementation, capfd):
+def test_no_race_and_nothing_uninitialised_is_read(name, capfd):
     arguments = draw(CASES[name])
-    got = run(CASES[name], arguments, implementation=implementation, interpret=CHECKED)
+    got = run(CASES[name], arguments, implementation="pallas_tpu", interpret=CHECKED)
     check(CASES[name], arguments, got)
     assert "race" not in "".join(capfd.readouterr()).lower()
 
@@ -209,17 +208,6 @@ def test_xla_in_tiles_of_any_size(activation, tile_bytes):
     arguments = draw(case)
     got = run(case, arguments, activation=activation, tile_bytes=tile_bytes)
     check(case, arguments, got, activation)
-
-
-def sizes(jaxpr):
-    """Of all arrays that a jaxpr makes, loops and calls included."""
-    for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from sizes(inner)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -280,18 +268,8 @@ def forward(shape, implementation):
     return op
 
 
-FIRST = ("v5e", 1024, jnp.float32)
-COMPILED = [
-    pytest.param(tpu, n, dtype, marks=() if (tpu, n, dtype) == FIRST else pytest.mark.slow)
-    for tpu in ahead_of_time.TPU_SLICES
-    for n in (50, 128, 1024, 4096, 16384)
-    for dtype in (jnp.float32, jnp.bfloat16)
-    if dtype == jnp.float32 or n == 1024
-]
-
-
-@pytest.mark.skipif(not ahead_of_time.can_compile_for_tpu(), reason="libtpu is not installed")
-@pytest.mark.parametrize(("tpu", "length", "dtype"), COMPILED)
+@needs_tpu_compiler
+@pytest.mark.parametrize(("tpu", "length", "dtype"), TARGETS)
 def test_compiles_for_tpus(tpu, length, dtype):
     shape = shapes.of_length(length)
     arguments = shapes.arguments(shape, dtype)
