@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels.absorbed_target_attention.api import Memory
+from kernels.absorbed_target_attention.api import Memory, absorbed_target_attention
 from kernels.absorbed_target_attention.reference import Weights
 
 
@@ -30,20 +31,28 @@ SHAPES = {
 }
 
 
-def of_rows(rows: int, name: str = "long_16k") -> Shape:
+def of_length(rows: int, name: str = "long_16k") -> Shape:
     """A named shape with another number of rows."""
     return SHAPES[name]._replace(rows=rows)
 
 
-def arguments(shape: Shape, dtype: jnp.dtype = jnp.float32):
-    """query, memory and weights of absorbed_target_attention."""
+def calls(
+    shape: Shape, implementation: str, dtype: jnp.dtype = jnp.float32, form: str = "joint"
+) -> dict[str, tuple[Callable, tuple]]:
+    """{"forward", "backward"}: a function and what it takes; the latter gives all gradients."""
     b, c, k, d, h = shape
+    query, rows = jax.ShapeDtypeStruct((b, c, d), dtype), jax.ShapeDtypeStruct((b, k, d), dtype)
+    memory = Memory(rows, rows, jax.ShapeDtypeStruct((b, d), dtype))
+    weight = jax.ShapeDtypeStruct((d, h), jnp.float32)
+    weights = Weights(weight, weight, weight, jax.ShapeDtypeStruct((h,), jnp.float32))
 
-    def array(*shape):
-        return jax.ShapeDtypeStruct(shape, dtype)
+    def forward(query, memory, weights):
+        return absorbed_target_attention(
+            query, memory, weights, form=form, implementation=implementation
+        )
 
-    def weight(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+    def backward(query, memory, weights, dout):
+        return jax.vjp(forward, query, memory, weights)[1](dout)
 
-    memory = Memory(array(b, k, d), array(b, k, d), array(b, d))
-    return array(b, c, d), memory, Weights(weight(d, h), weight(d, h), weight(d, h), weight(h))
+    arguments = (query, memory, weights)
+    return {"forward": (forward, arguments), "backward": (backward, (*arguments, query))}

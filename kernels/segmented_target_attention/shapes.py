@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from kernels.segmented_target_attention.api import segmented_target_attention
 
 
 class Shape(NamedTuple):
@@ -41,18 +44,25 @@ def of_length(length: int, name: str = "paper_serving") -> Shape:
     return shape._replace(length=-(-length // shape.segment) * shape.segment)
 
 
-def arguments(shape: Shape, dtype: jnp.dtype = jnp.float32) -> list[jax.ShapeDtypeStruct]:
-    """q, k, v, mask and bias of segmented_target_attention."""
-    b, c, length, _, h, kq, kv, shared = shape
-    return [
-        jax.ShapeDtypeStruct((b, c, h, kq), dtype),
-        jax.ShapeDtypeStruct((b, length, h, kq), dtype),
-        jax.ShapeDtypeStruct((b, length, 1 if shared else h, kv), dtype),
-        jax.ShapeDtypeStruct((b, length), jnp.bool_),
-        jax.ShapeDtypeStruct((h,), jnp.float32),
-    ]
+def calls(
+    shape: Shape, implementation: str, dtype: jnp.dtype = jnp.float32
+) -> dict[str, tuple[Callable, tuple]]:
+    """{"forward", "backward"}: a function and what it takes; the latter gives all gradients."""
+    b, c, length, segment, h, kq, kv, shared = shape
+    q = jax.ShapeDtypeStruct((b, c, h, kq), dtype)
+    k = jax.ShapeDtypeStruct((b, length, h, kq), dtype)
+    v = jax.ShapeDtypeStruct((b, length, 1 if shared else h, kv), dtype)
+    mask = jax.ShapeDtypeStruct((b, length), jnp.bool_)
+    bias = jax.ShapeDtypeStruct((h,), jnp.float32)
+    dz = jax.ShapeDtypeStruct((b, c, shape.segments, h, kv), dtype)
 
+    def forward(q, k, v, mask, bias):
+        return segmented_target_attention(
+            q, k, v, mask, bias, segment=segment, implementation=implementation
+        )
 
-def gradient_of_output(shape: Shape, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
-    b, c, _, _, h, _, kv, _ = shape
-    return jax.ShapeDtypeStruct((b, c, shape.segments, h, kv), dtype)
+    def backward(q, k, v, mask, bias, dz):
+        return jax.vjp(lambda q, k, v, bias: forward(q, k, v, mask, bias), q, k, v, bias)[1](dz)
+
+    arguments = (q, k, v, mask, bias)
+    return {"forward": (forward, arguments), "backward": (backward, (*arguments, dz))}

@@ -286,36 +286,26 @@ def test_what_does_not_fit_is_refused(change, message):
         absorbed_target_attention(**(arguments | change))
 
 
-def forward(form, implementation):
-    return lambda *a: absorbed_target_attention(*a, form=form, implementation=implementation)
-
-
-def backward(form, implementation):
-    return lambda a, dout: jax.vjp(forward(form, implementation), *a)[1](dout)
-
-
 @needs_tpu_compiler
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("tpu", "length", "dtype"), TARGETS)
 def test_compiles_for_tpus(tpu, length, dtype, form):
-    arguments = shapes.arguments(shapes.of_rows(length), dtype)
+    shape = shapes.of_length(length)
     topology = ahead_of_time.TPU_SLICES[tpu]
-    out = ahead_of_time.tpu_bytes(topology, forward(form, "pallas_tpu"), *arguments)
-    gradients = ahead_of_time.tpu_bytes(
-        topology, backward(form, "pallas_tpu"), arguments, arguments[0]
-    )
     # At most keys and values once more, with their axes in another order, and their gradients.
-    rows = 2 * arguments[1].keys.size * jnp.dtype(dtype).itemsize
-    assert out.temporaries <= rows + (1 << 20)
-    assert gradients.temporaries <= 2 * rows + (1 << 20)
+    rows = 2 * shape.batch * shape.rows * shape.width * jnp.dtype(dtype).itemsize
+    allowed = {"forward": rows + (1 << 20), "backward": 2 * rows + (1 << 20)}
+    for way, (function, arguments) in shapes.calls(shape, "pallas_tpu", dtype, form).items():
+        needed = ahead_of_time.tpu_bytes(topology, function, *arguments)
+        assert needed.temporaries <= allowed[way], (way, needed)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", shapes.SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lowers_for_cuda(name, dtype, form):
-    arguments = shapes.arguments(shapes.SHAPES[name], dtype)
-    text = ahead_of_time.cuda_text(forward(form, "pallas_gpu"), *arguments)
-    assert text.count("__gpu$xla.gpu.triton") == 1
-    text = ahead_of_time.cuda_text(backward(form, "pallas_gpu"), arguments, arguments[0])
-    assert text.count("__gpu$xla.gpu.triton") == 2
+    calls = shapes.calls(shapes.SHAPES[name], "pallas_gpu", dtype, form)
+    for way, kernels in (("forward", 1), ("backward", 2)):
+        function, arguments = calls[way]
+        text = ahead_of_time.cuda_text(function, *arguments)
+        assert text.count("__gpu$xla.gpu.triton") == kernels

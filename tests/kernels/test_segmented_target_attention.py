@@ -247,47 +247,25 @@ def test_what_does_not_fit_is_refused(change, message):
         segmented_target_attention(**(arguments | dict(segment=4) | change))
 
 
-def backward(shape, implementation):
-    def gradients(q, k, v, mask, bias, dz):
-        def op(q, k, v, bias):
-            return segmented_target_attention(
-                q, k, v, mask, bias, segment=shape.segment, implementation=implementation
-            )
-
-        return jax.vjp(op, q, k, v, bias)[1](dz)
-
-    return gradients
-
-
-def forward(shape, implementation):
-    def op(q, k, v, mask, bias):
-        return segmented_target_attention(
-            q, k, v, mask, bias, segment=shape.segment, implementation=implementation
-        )
-
-    return op
-
-
 @needs_tpu_compiler
 @pytest.mark.parametrize(("tpu", "length", "dtype"), TARGETS)
 def test_compiles_for_tpus(tpu, length, dtype):
     shape = shapes.of_length(length)
-    arguments = shapes.arguments(shape, dtype)
-    dz = shapes.gradient_of_output(shape, dtype)
-    topology = ahead_of_time.TPU_SLICES[tpu]
-    out = ahead_of_time.tpu_bytes(topology, forward(shape, "pallas_tpu"), *arguments)
-    gradients = ahead_of_time.tpu_bytes(topology, backward(shape, "pallas_tpu"), *arguments, dz)
-    # At most z once more, with its axes in another order.
-    assert max(out.temporaries, gradients.temporaries) <= 1.1 * out.outputs + (1 << 20)
+    # z once more with its axes in another order, its gradient twice: only at this boundary, as the
+    # layout of arguments and results is not the kernels' to choose.
+    b, c, _, _, h, _, kv, _ = shape
+    z = b * c * shape.segments * h * kv * jnp.dtype(dtype).itemsize
+    allowed = {"forward": 1.1 * z + (1 << 20), "backward": 2.2 * z + (1 << 20)}
+    for way, (function, arguments) in shapes.calls(shape, "pallas_tpu", dtype).items():
+        needed = ahead_of_time.tpu_bytes(ahead_of_time.TPU_SLICES[tpu], function, *arguments)
+        assert needed.temporaries <= allowed[way], (way, needed)
 
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lowers_for_cuda(name, dtype):
-    shape = shapes.SHAPES[name]
-    arguments = shapes.arguments(shape, dtype)
-    text = ahead_of_time.cuda_text(forward(shape, "pallas_gpu"), *arguments)
-    assert text.count("__gpu$xla.gpu.triton") == 1
-    dz = shapes.gradient_of_output(shape, dtype)
-    text = ahead_of_time.cuda_text(backward(shape, "pallas_gpu"), *arguments, dz)
-    assert text.count("__gpu$xla.gpu.triton") == 2
+    calls = shapes.calls(shapes.SHAPES[name], "pallas_gpu", dtype)
+    for way, kernels in (("forward", 1), ("backward", 2)):
+        function, arguments = calls[way]
+        text = ahead_of_time.cuda_text(function, *arguments)
+        assert text.count("__gpu$xla.gpu.triton") == kernels
