@@ -11,21 +11,25 @@ S rows to project instead of L.
 No implementation keeps B C L H numbers: the XLA path (reference.py) makes a tile of them at a time,
 the kernels a block on chip.
 
-Axis letters: B requests, C candidates, L history length, S segments, H heads, Kq and Kv head widths.
+Axis letters: B requests, C candidates, L history length, S segments, H heads,
+Kq and Kv head widths.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
-from kernels.segmented_target_attention import reference
+from kernels.segmented_target_attention import pallas_gpu, pallas_tpu, reference
+from kernels.segmented_target_attention.blocks import Blocks, blocks_for
 
 OP = "segmented_target_attention"
 ACTIVATIONS = ("sigmoid", "softmax")
+KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 # Nothing has been measured on an accelerator: XLA everywhere (docs/kernels.md).
 PREFERRED: dict[str, tuple[str, ...]] = {}
 
@@ -42,6 +46,7 @@ def segmented_target_attention(
     implementation: str | None = None,
     interpret: Any = False,
     tile_bytes: int = 0,
+    blocks: Blocks | None = None,
 ) -> jax.Array:
     """z of the module's equations: [B, C, S, H, Kv], S = L / segment, in v's dtype.
 
@@ -57,16 +62,50 @@ def segmented_target_attention(
       interpret: of a Pallas implementation: run anywhere; for pallas_tpu a pltpu.InterpretParams
         too.
       tile_bytes: of "xla": size of the logits of a tile; 0 = 4 MiB on a CPU, 64 MiB elsewhere.
+      blocks: of a Pallas implementation: None takes those of the table in blocks.py.
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that cannot run here.
     """
     _check(q, k, v, mask, bias, segment, activation)
-    refusals = dispatch.cannot_run_here(interpret)
+    refusals = dispatch.cannot_run_here(interpret) | _refusals(q, activation)
     chosen = dispatch.choose(OP, implementation, refusals, PREFERRED)
-    assert chosen == "xla"
-    return reference.segmented(
-        q, k, v, mask, bias, segment=segment, activation=activation, tile_bytes=tile_bytes
+    if chosen == "xla":
+        return reference.segmented(
+            q, k, v, mask, bias, segment=segment, activation=activation, tile_bytes=tile_bytes
+        )
+    blocks = blocks or blocks_for(chosen, q.dtype, k.shape[1])
+    return _kernel((chosen, segment, blocks, interpret), q, k, v, mask, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel(how, q, k, v, mask, bias):
+    implementation, segment, blocks, interpret = how
+    return KERNELS[implementation].forward(
+        q, k, v, mask, bias, segment=segment, blocks=blocks, interpret=interpret
     )
+
+
+def _kernel_forward(how, *arguments):
+    return _kernel(how, *arguments), arguments
+
+
+def _kernel_backward(how, arguments, dz):
+    implementation, segment, blocks, interpret = how
+    dq, dk, dv, dbias = KERNELS[implementation].backward(
+        *arguments, dz, segment=segment, blocks=blocks, interpret=interpret
+    )
+    return dq, dk, dv, None, dbias.astype(arguments[-1].dtype)
+
+
+_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _refusals(q, activation) -> dict[str, str]:
+    """What the kernels cannot do of what the XLA path can."""
+    if activation != "sigmoid":
+        return dict.fromkeys(KERNELS, f"activation {activation!r} is an ablation: XLA only")
+    found = {name: kernel.refusal(q.shape[1], q.dtype) for name, kernel in KERNELS.items()}
+    return {name: reason for name, reason in found.items() if reason}
 
 
 def _check(q, k, v, mask, bias, segment, activation):

@@ -33,24 +33,21 @@ def segmented(
     batch, candidates, heads, _ = q.shape
     length = k.shape[1]
     exact = jnp.promote_types(q.dtype, jnp.float32)
-    per_segment = batch * candidates * heads * segment * exact.itemsize
+    per_segment = max(1, batch * candidates) * heads * segment * exact.itemsize
     tile_bytes = tile_bytes or TILE_BYTES.get(dispatch.platform(), LARGE_TILE_BYTES)
     segments = length // segment
     tiles = -(-segments // max(1, min(tile_bytes // per_segment, segments)))
     per_tile = -(-segments // tiles)
-    q = q * jnp.asarray(q.shape[-1] ** -0.5, exact).astype(q.dtype)
 
     def tile(k, v, mask):
         """k [B, s, w, H, Kq], v [B, s, w, H or 1, Kv], mask [B, s, w] -> [B, C, s, H, Kv]."""
-        logits = jnp.einsum("bchk,bswhk->bhcsw", q, k, preferred_element_type=exact)
-        logits = logits + bias.astype(exact)[:, None, None, None]
+        logits = _einsum("bchk,bswhk->bhcsw", q, k, exact)
+        logits = logits * q.shape[-1] ** -0.5 + bias.astype(exact)[:, None, None, None]
         weights = _weights(logits, mask[:, None, None], activation).astype(v.dtype)
         if v.shape[3] == 1:
-            z = jnp.einsum(
-                "bhcsw,bswv->bcshv", weights, v[:, :, :, 0], preferred_element_type=exact
-            )
+            z = _einsum("bhcsw,bswv->bcshv", weights, v[:, :, :, 0], exact)
         else:
-            z = jnp.einsum("bhcsw,bswhv->bcshv", weights, v, preferred_element_type=exact)
+            z = _einsum("bhcsw,bswhv->bcshv", weights, v, exact)
         return z.astype(v.dtype)
 
     def tiled(x):
@@ -66,6 +63,14 @@ def segmented(
         return tile(*(x[0] for x in rows))
     z = jnp.moveaxis(jax.lax.map(lambda x: tile(*x), rows), 0, 2)  # [B, C, tiles, s, H, Kv]
     return z.reshape(batch, candidates, -1, *z.shape[4:])[:, :, :segments]
+
+
+def _einsum(axes: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """With sums in `dtype`. XLA has no such product of narrower numbers on a CPU, where they are
+    widened first: the same products, the same sums."""
+    if dispatch.platform() == "cpu":
+        x, y = x.astype(dtype), y.astype(dtype)
+    return jnp.einsum(axes, x, y, preferred_element_type=dtype)
 
 
 def _weights(logits: jax.Array, mask: jax.Array, activation: str) -> jax.Array:
