@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kernels.evo_attention.api import behaviour_branches, candidate_branches
 from kernels.evo_attention.arguments import Band, Prefix, Recent
+from kernels.evo_attention.rel_temporal import RelTemporal
 
 
 class Shape(NamedTuple):
@@ -38,34 +41,49 @@ SHAPES = {
 }
 
 
-def behaviour_arguments(shape: Shape, dtype: Any = jnp.float32) -> tuple:
-    """The positional arguments of `behaviour_branches`, as ShapeDtypeStructs."""
-    b, length, _, h, k, *_ = shape
-    x, user = _struct(dtype, b, length, h, k), _struct(dtype, b, h, k)
-    integers, mask = _struct(jnp.int32, b, length), _struct(jnp.bool_, b, length)
-    slopes = _struct(jnp.float32, 3, h)
-    return x, *_prefixes(shape, dtype), Band(x, x, user, user), slopes, integers, mask
+def of_length(length: int, name: str = "sparsity_2") -> Shape:
+    """A named shape at another length, with about as many behaviours."""
+    shape = SHAPES[name]
+    return shape._replace(batch=shape.batch * shape.length // length, length=length)
 
 
-def candidate_arguments(shape: Shape, dtype: Any = jnp.float32) -> tuple:
-    """The positional arguments of `candidate_branches`, as ShapeDtypeStructs."""
-    b, length, c, h, k, *_ = shape
-    last = min(shape.window, length)
-    x, user = _struct(dtype, b, last, h, k), _struct(dtype, b, h, k)
-    recent = Recent(x, x, user, user, _struct(jnp.int32, b, last), _struct(jnp.bool_, b, last))
-    q, slopes = _struct(dtype, b, c, h, k), _struct(jnp.float32, 3, h)
-    return q, *_prefixes(shape, dtype), recent, slopes, _struct(jnp.int32, b)
+def calls(
+    shape: Shape, implementation: str | None, dtype: Any = jnp.float32
+) -> dict[str, tuple[Callable, tuple]]:
+    """{"forward", "backward"}: a function and what it takes; the latter gives all gradients.
 
+    Both calls of a block together: the behaviours' and the candidates'.
+    """
+    b, length, c, h, k, chunks, transition, window = shape
 
-def _prefixes(shape, dtype):
-    """The global and the transition keys."""
-    out = []
-    for slots in (shape.chunks, shape.chunks * shape.transition):
-        x = _struct(dtype, shape.batch, slots, shape.heads, shape.width)
-        integers = _struct(jnp.int32, shape.batch, slots)
-        out.append(Prefix(x, x, integers, integers))
-    return out
+    def floats(*shape):
+        return jax.ShapeDtypeStruct((b, *shape, h, k), dtype)
 
+    def integers(*shape):
+        return jax.ShapeDtypeStruct((b, *shape), jnp.int32)
 
-def _struct(dtype, *shape):
-    return jax.ShapeDtypeStruct(shape, dtype)
+    def mask(n):
+        return jax.ShapeDtypeStruct((b, n), jnp.bool_)
+
+    last = min(window, length)
+    prefixes = [
+        Prefix(floats(n), floats(n), integers(n), integers(n))
+        for n in (chunks, chunks * transition)
+    ]
+    user, slopes = floats(), jax.ShapeDtypeStruct((3, h), jnp.float32)
+    recent = Recent(floats(last), floats(last), user, user, integers(last), mask(last))
+    band = Band(floats(length), floats(length), user, user)
+    behaviours = (floats(length), *prefixes, band, slopes, integers(length), mask(length))
+    candidates = (floats(c), *prefixes, recent, slopes, integers())
+    d_out = (floats(length),) * 3 + (floats(c),) * 3
+
+    def forward(behaviours, candidates):
+        options = {"rel": RelTemporal(), "implementation": implementation}
+        out = behaviour_branches(*behaviours, window=window, **options)
+        return out + candidate_branches(*candidates, **options)
+
+    def backward(behaviours, candidates, d_out):
+        return jax.vjp(forward, behaviours, candidates)[1](d_out)
+
+    arguments = (behaviours, candidates)
+    return {"forward": (forward, arguments), "backward": (backward, (*arguments, d_out))}
