@@ -153,6 +153,22 @@ def test_parts_of_the_bias_can_be_dropped(way, on):
 
 
 @slow
+@pytest.mark.parametrize("way", KERNELS)
+def test_other_forms_of_the_bias_are_those_of_xla(way):
+    # The dense form knows the paper's alone; test_rel_temporal.py holds the others' terms.
+    rel = RelTemporal(timezone_hours=5.5, hour_form="clock", bucket="suan")
+    floats, integers = dense.case(6, (20, 3), 20, 2, 2, 4, (3, 6), 3)
+    low = {n: jnp.asarray(x, "float32") for n, x in floats.items()}
+    cotangents = [low["q"]] * 3 + [low["candidate_q"]] * 3
+    results = []
+    for implementation, interpret in (("xla", False), WAYS[way][:2]):
+        options = dict(rel=rel, implementation=implementation, interpret=interpret)
+        results.append(op(low, integers, cotangents, 3, tuple(options.items())))
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        close(y, x, "float32", way)
+
+
+@slow
 @settings(max_examples=8, derandomize=True, deadline=None)
 @given(data=st.data())
 def test_any_shape(data):
