@@ -1,6 +1,7 @@
 # make demo       install, generate data, prepare, train, evaluate (a few minutes on two cores)
 # make test       install, lint, tests (at most 12 minutes on two cores)
 # make test-all   the longer checks: many compiles, kill loops, studies in small
+# make check-cuda compile every kernel for an H200 that is not there (4 GB of wheels, Python 3.12)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
@@ -9,7 +10,7 @@ WORKDIR ?= runs/demo
 SOURCES := ctr_jax sparsectr_jax lrea_jax laser_jax baselines_jax kernels seqvault configs benchmarks examples tests train.py eval.py
 JOBS ?= 2
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all check-cuda lint clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
@@ -32,5 +33,14 @@ test: lint
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow --durations 10
 
+# Of its own, as jax must be 0.11 or newer, which wants Python 3.12.
+CUDA_PYTHON ?= python3.12
+CUDA_VENV ?= .venv-cuda
+
+check-cuda:
+	test -d $(CUDA_VENV) || $(CUDA_PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet absl-py flax 'jax[cuda13]>=0.11,<0.13'
+	JAX_PLATFORMS=cpu $(CUDA_VENV)/bin/python -m benchmarks.check_cuda
+
 clean:
-	rm -rf $(VENV) build *.egg-info runs prepared raw .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CUDA_VENV) build *.egg-info runs prepared raw .pytest_cache .ruff_cache .hypothesis

@@ -33,12 +33,12 @@ import jaxlib
 import numpy as np
 
 from ctr_jax.layers import masked_softmax
+from kernels.evo_attention import NEVER, Prefix, RelTemporal, behaviour_branches
 from sparsectr_jax import evo_attention as evo
-from sparsectr_jax import evo_tiles, model
+from sparsectr_jax import model
 from sparsectr_jax.aggregate import Aggregate
 from sparsectr_jax.block import SparseBlock
 from sparsectr_jax.chunking import time_chunks
-from sparsectr_jax.temporal import RelTemporal
 
 SPARSITY = {1: (8, 1, 2), 2: (16, 2, 5), 3: (16, 3, 10), 4: (32, 4, 20)}  # (P, m, w), Fig. 3
 FLOOR = {1: 8.9, 2: 5.2, 3: 4.0, 4: 2.0}  # the paper's model-level speed-ups at L = 1024, A100
@@ -78,9 +78,10 @@ def dense_blocks(block, rel, q, k, v, user_k, user_v, slopes, times, mask):
 def dense_tiled(tile, rel, q, k, v, user_k, user_v, slopes, times, mask):
     """Every behaviour as a key of the sparse op's prefix branch."""
     position = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32) - 1, times.shape)
-    prefix = evo_tiles.Prefix(k, v, times, jnp.where(mask, position, evo.NEVER))
-    static = (evo.EvoSpec(rel=rel), tile)
-    return evo_tiles.tiled_branches(static, q, (prefix,), None, slopes, times, mask)[0]
+    every = Prefix(k, v, times, jnp.where(mask, position, NEVER))
+    return behaviour_branches(
+        q, every, None, None, slopes, times, mask, rel=rel, window=1, tile_logits=tile
+    )[0]
 
 
 def dense_forms(length: int, rel: RelTemporal, quick: bool) -> dict:

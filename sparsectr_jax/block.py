@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ctr_jax.layers import RMSNorm, SwiGLU, accumulation_dtype, token_dot_general
+from kernels.evo_attention import RelTemporal
 from sparsectr_jax import evo_attention
 from sparsectr_jax.aggregate import MEAN_TYPE, Aggregate, chunk_mean
 from sparsectr_jax.chunking import transition_slots
 from sparsectr_jax.evo_attention import EvoSpec, History, Keys, gather_rows
 from sparsectr_jax.full_attention import full_attention
-from sparsectr_jax.temporal import RelTemporal, slope_init
+from sparsectr_jax.temporal import slope_init
 
 
 def evo_spec(config: ConfigDict) -> EvoSpec:

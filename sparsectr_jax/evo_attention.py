@@ -1,7 +1,6 @@
 """EvoAttention: global, transition and local attention over a history (SparseCTR 3.4).
 
-The op between the projections and the fusion gate, in plain XLA. It returns the three branch
-outputs apart. What a query at position i (a behaviour's index; L for every candidate) may see:
+What a query at position i (a behaviour's index; L for every candidate) may see:
 
   global      the aggregate of each chunk that ended before i                       (eq. 6)
   transition  the last m behaviours of each chunk, those at positions j <= i        (eq. 7)
@@ -9,11 +8,8 @@ outputs apart. What a query at position i (a behaviour's index; L for every cand
               history's last w                                                      (eq. 8)
 
 Candidates are never keys. A branch with nothing to see gives 0. RelTemporal is added to every
-logit but the user key's, which has no time.
-
-No tensor here is n x n. A query's global and transition keys are a prefix of P (1 + m) slots, so
-they are one dense product with a mask; the local band is w shifted products. Logits are laid out
-[B, H, keys, queries]: the long axis is the minor one, and softmax reduces over a major one.
+logit but the user key's, which has no time. Here the chunks become slots, each with a time and the
+position that a query must be beyond; the attention itself is kernels/evo_attention.
 
 Axis letters: B requests, C candidates, L history, n = L + C, P chunks, m, w, H heads, K width.
 """
@@ -26,13 +22,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ctr_jax.layers import accumulation_dtype, masked_softmax
+from kernels import evo_attention as op
+from kernels.evo_attention import NEVER, Band, Prefix, Recent, RelTemporal
 from sparsectr_jax.chunking import Chunks, transition_slots
-from sparsectr_jax.evo_tiles import Band, Prefix, tiled_branches
-from sparsectr_jax.temporal import RelTemporal
 
 BRANCHES = ("global", "transition", "local")
-NEVER = 2**30  # a position that no query reaches: that of unused slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +39,7 @@ class EvoSpec:
       inclusive: a behaviour that is a transition behaviour sees itself (j <= i, or j < i).
       scale: of the logits; None is K^-1/2.
       branches: those to compute; the others are returned as None.
-      tile_logits: logits of one branch in a tile of the behaviours' loop; 0 chooses.
+      tile_logits: as of the op.
     """
 
     m: int = 2
@@ -171,83 +165,55 @@ def branch_nonempty(history: History, spec: EvoSpec) -> tuple[jax.Array, jax.Arr
 
 def behaviour_branches(q, k, v, keys: Keys, slopes, history: History, spec: EvoSpec):
     """The branches for the behaviours' queries: q, k, v [B, L, H, K]."""
-    prefixes = []
-    if "global" in spec.branches:
-        time, position = _chunk_times(history)
-        prefixes.append(Prefix(keys.chunk_k, keys.chunk_v, time, position))
-    if "transition" in spec.branches:
-        time, position = _transition_times(history, spec)
-        prefixes.append(Prefix(keys.transition_k, keys.transition_v, time, position))
-    band = Band(k, v, keys.user_k, keys.user_v) if "local" in spec.branches else None
-    budget = spec.tile_logits or default_tile_logits()
-    out = tiled_branches(
-        (spec, budget), q, tuple(prefixes), band, slopes, history.times, history.mask
+    return op.behaviour_branches(
+        q,
+        *_slots(keys, history, spec),
+        Band(k, v, keys.user_k, keys.user_v) if "local" in spec.branches else None,
+        slopes,
+        history.times,
+        history.mask,
+        rel=spec.rel,
+        window=spec.w,
+        scale=spec.scale,
+        tile_logits=spec.tile_logits,
     )
-    out = dict(zip([b for b in BRANCHES if b in spec.branches], out, strict=True))
-    return tuple(out.get(b) for b in BRANCHES)
-
-
-def default_tile_logits() -> int:
-    """Logits of a tile: what stays in a CPU's cache; on accelerators, 256 MB of float32."""
-    return 600_000 if jax.default_backend() == "cpu" else 64_000_000
-
-
-def _chunk_times(history: History):
-    """Time and last position [B, P] of the chunks; unused slots are behind every query."""
-    chunks = history.chunks
-    return chunks.mean_time, jnp.where(chunks.valid, chunks.end, NEVER)
-
-
-def _transition_times(history: History, spec: EvoSpec):
-    """Time [B, P m] of the transition behaviours, and the position a query must be beyond."""
-    index, valid = transition_slots(history.chunks, spec.m)
-    index, valid = (x.reshape(x.shape[0], -1) for x in (index, valid))
-    time = gather_rows(history.times, index)
-    return time, jnp.where(valid, index - int(spec.inclusive), NEVER)
 
 
 def candidate_branches(q, keys: Keys, slopes, history: History, spec: EvoSpec):
-    """The branches for the candidates' queries: q [B, C, H, K]; k and v are not needed.
-
-    Candidates stand behind the whole history and share one time, so masks and biases are
-    per request, [B, S].
-    """
-    glob = trans = local = None
-    if "global" in spec.branches:
-        time, position = _chunk_times(history)
-        glob = _attend(q, keys.chunk_k, keys.chunk_v, time, position < NEVER, slopes, history, spec)
-    if "transition" in spec.branches:
-        time, position = _transition_times(history, spec)
-        trans = _attend(
-            q, keys.transition_k, keys.transition_v, time, position < NEVER, slopes, history, spec
-        )
+    """The branches for the candidates' queries: q [B, C, H, K]; k and v are not needed."""
+    recent = None
     if "local" in spec.branches:
-        recent = slice(history.times.shape[1] - keys.recent_k.shape[1], None)
-        local = _attend(
-            q,
-            jnp.concatenate([keys.user_k[:, None], keys.recent_k], 1),
-            jnp.concatenate([keys.user_v[:, None], keys.recent_v], 1),
-            history.times[:, recent],
-            jnp.pad(history.mask[:, recent], ((0, 0), (1, 0)), constant_values=True),
-            slopes,
-            history,
-            spec,
+        last = slice(history.times.shape[1] - keys.recent_k.shape[1], None)
+        recent = Recent(
+            keys.recent_k,
+            keys.recent_v,
+            keys.user_k,
+            keys.user_v,
+            history.times[:, last],
+            history.mask[:, last],
         )
-    return glob, trans, local
+    return op.candidate_branches(
+        q,
+        *_slots(keys, history, spec),
+        recent,
+        slopes,
+        history.request_time,
+        rel=spec.rel,
+        scale=spec.scale,
+    )
 
 
-def _attend(q, k, v, time, visible, slopes, history, spec):
-    """q [B, C, H, K], k, v [B, S, H, K], visible [B, S], time [B, S or S - 1] -> [B, C, H, K].
-
-    Where time is one short, the first key is the user's, without a bias.
-    """
-    dtype = accumulation_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if spec.scale is None else spec.scale
-    logits = jnp.einsum("bchk,bshk->bhcs", q * scale, k, preferred_element_type=dtype)
-    terms = spec.rel.pair_terms(history.request_time[:, None], time, dtype.type)
-    user = k.shape[1] - time.shape[1]
-    for part, term in zip(spec.rel.parts, terms, strict=True):
-        bias = slopes[part].astype(dtype)[:, None] * jnp.pad(term, ((0, 0), (user, 0)))[:, None]
-        logits = logits - bias[:, :, None]
-    weights = masked_softmax(logits, visible[:, None, None]).astype(v.dtype)
-    return jnp.einsum("bhcs,bshk->bchk", weights, v)
+def _slots(keys: Keys, history: History, spec: EvoSpec) -> tuple[Prefix | None, Prefix | None]:
+    """The global and transition keys, with their times and the positions they end at."""
+    glob = trans = None
+    if "global" in spec.branches:
+        chunks = history.chunks
+        position = jnp.where(chunks.valid, chunks.end, NEVER)
+        glob = Prefix(keys.chunk_k, keys.chunk_v, chunks.mean_time, position)
+    if "transition" in spec.branches:
+        index, valid = transition_slots(history.chunks, spec.m)
+        index, valid = (x.reshape(x.shape[0], -1) for x in (index, valid))
+        time = gather_rows(history.times, index)
+        position = jnp.where(valid, index - int(spec.inclusive), NEVER)
+        trans = Prefix(keys.transition_k, keys.transition_v, time, position)
+    return glob, trans

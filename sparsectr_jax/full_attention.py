@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ctr_jax.layers import accumulation_dtype, masked_softmax
-from sparsectr_jax.temporal import RelTemporal
+from kernels.evo_attention import RelTemporal
 
 
 def full_attention(

@@ -21,7 +21,8 @@ from ctr_jax.batch import EmbeddedBatch
 from ctr_jax.features import Column, DataSpec, default_columns
 from ctr_jax.head import MLPHead
 from ctr_jax.layers import MLP, token_dot_general
-from sparsectr_jax import chunking, evo_tiles
+from kernels.evo_attention import SAVED
+from sparsectr_jax import chunking
 from sparsectr_jax.block import SparseBlock, evo_spec
 from sparsectr_jax.evo_attention import History
 
@@ -114,7 +115,7 @@ class SparseCTR(nn.Module):
                 return carry, module(tile, train)
 
             if train:  # the attention's outputs are kept: they cost most and take little
-                policy = jax.checkpoint_policies.save_only_these_names(evo_tiles.SAVED)
+                policy = jax.checkpoint_policies.save_only_these_names(SAVED)
                 step = nn.remat(step, prevent_cse=False, policy=policy)
             _, out = nn.scan(
                 step,

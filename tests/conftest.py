@@ -3,9 +3,12 @@
 import os
 import tempfile
 
-import jax
-import numpy as np
-import pytest
+# Before jax looks for devices: the TPU compiler of the extra `test` needs none, and would be asked.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Tests that run the same step again, in this process or in one they start, compile it once.

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from kernels.evo_attention import RelTemporal
+from kernels.evo_attention.layout import choose_tiling
 from sparsectr_jax import evo_attention as evo
 from sparsectr_jax.chunking import time_chunks
-from sparsectr_jax.evo_layout import choose_tiling
-from sparsectr_jax.temporal import RelTemporal
 from tests.sparsectr_jax import dense_reference as ref
 
 B, L, C, H, K = 3, 21, 2, 2, 4

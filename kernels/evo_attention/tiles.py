@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ctr_jax.layers import accumulation_dtype
-from sparsectr_jax.evo_layout import (
+from kernels.dispatch import platform
+from kernels.evo_attention.arguments import Band, Prefix, accumulation_dtype, scale_of
+from kernels.evo_attention.layout import (
     Tiling,
     choose_tiling,
     long,
@@ -36,45 +37,25 @@ from sparsectr_jax.evo_layout import (
     take,
     unlong,
 )
+from kernels.evo_attention.rel_temporal import split
 
 SAVED = "evo_branches"  # jax.checkpoint name of the outputs and their normalisers
 HIDDEN = -1e30  # a logit that is not visible; EMPTY is larger: no visible logit is below it
 EMPTY = -1e29
 
 
-class Prefix(NamedTuple):
-    """Keys that queries see from some position on: one branch, global or transition.
-
-    k, v: [B, S, H, K]. time, position: [B, S] int32; a query at i sees those with position < i.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    time: jax.Array
-    position: jax.Array
-
-
-class Band(NamedTuple):
-    """What the local branch needs. k, v: [B, L, H, K]. user_k, user_v: [B, H, K]."""
-
-    k: jax.Array
-    v: jax.Array
-    user_k: jax.Array
-    user_v: jax.Array
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def tiled_branches(static, q, prefixes, band, slopes, times, mask):
+def tiled_branches(spec, q, prefixes, band, slopes, times, mask):
     """The branches for behaviours' queries.
 
     Args:
-      static: (EvoSpec, logits per tile).
+      spec: Static; tile_logits 0 chooses.
       q: [B, L, H, K]. prefixes: tuple of Prefix. band: Band or None. slopes: [3, H].
       times, mask: [B, L].
     Returns:
       one [B, L, H, K] per prefix, then one for the band, in q's dtype.
     """
-    return _forward(static, q, prefixes, band, slopes, times, mask)[0]
+    return _forward(spec, q, prefixes, band, slopes, times, mask)[0]
 
 
 class _Inputs(NamedTuple):
@@ -90,12 +71,11 @@ class _Inputs(NamedTuple):
     coefficients: jax.Array  # [H, R + 1]
 
 
-def _prepare(static, q, prefixes, band, slopes, times, mask) -> _Inputs:
-    spec, budget = static
+def _prepare(spec, q, prefixes, band, slopes, times, mask) -> _Inputs:
     dtype = accumulation_dtype(q.dtype)
-    keys = [p.k.shape[1] for p in prefixes] + [0 if band is None else spec.w + 1]
-    tiling = choose_tiling(q.shape[0], q.shape[1], q.shape[2], max(keys), budget)
-    halo = 0 if band is None else spec.w - 1
+    keys = [p.k.shape[1] for p in prefixes] + [0 if band is None else spec.window + 1]
+    tiling = choose_tiling(q.shape[0], q.shape[1], q.shape[2], max(keys), _budget(spec))
+    halo = 0 if band is None else spec.window - 1
 
     def heads_first(x):  # [B, S, H, K] -> [G, groups, H, S, K]
         return rows(jnp.swapaxes(x, 1, 2), tiling)
@@ -104,7 +84,7 @@ def _prepare(static, q, prefixes, band, slopes, times, mask) -> _Inputs:
     return _Inputs(
         tiling,
         halo,
-        long(q * _scale(q, spec), tiling),
+        long(q * scale_of(q, spec), tiling),
         tuple(
             (
                 heads_first(p.k),
@@ -127,8 +107,9 @@ def _prepare(static, q, prefixes, band, slopes, times, mask) -> _Inputs:
     )
 
 
-def _scale(q, spec) -> float:
-    return q.shape[-1] ** -0.5 if spec.scale is None else spec.scale
+def _budget(spec) -> int:
+    """Logits of a tile: what stays in a CPU's cache; on accelerators, 256 MB of float32."""
+    return spec.tile_logits or (600_000 if platform() == "cpu" else 64_000_000)
 
 
 # ---- one branch of one tile ------------------------------------------------------------------
@@ -173,6 +154,11 @@ def _log_total(total, peak):
     return jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1)), jnp.inf)
 
 
+def _softmax_gradient(weights, d_weights):
+    """[G, H, S, T]: that of the logits."""
+    return weights * (d_weights - jnp.sum(weights * d_weights, 2, keepdims=True))
+
+
 def _slope_gradients(d_logits, terms):
     """[H, R + 1] from d_logits [G, H, S, T] and terms [G, R + 1, S, T]."""
     g, h = d_logits.shape[:2]
@@ -182,7 +168,7 @@ def _slope_gradients(d_logits, terms):
 
 def _prefix_terms(spec, query_clock, query_position, clock, position, dtype):
     """[G, R + 1, S, T]; clocks [G, 4, T] and [G, 4, S], positions [T] and [G, S]."""
-    terms = spec.rel.terms(query_clock[:, :, None], clock[..., None], dtype)
+    terms = spec.rel.terms(split(query_clock[:, :, None]), split(clock[..., None]), dtype)
     visible = position[:, :, None] < query_position
     return jnp.stack([*terms, jnp.where(visible, dtype(0), dtype(HIDDEN))], 1)
 
@@ -194,10 +180,10 @@ def _shifted(x, s: int, w: int):
 
 def _band_terms(spec, clock, mask, dtype):
     """[G, R + 1, w + 1, T] from clock [G, 4, T + w - 1] and mask [G, T + w - 1]."""
-    w = spec.w
+    w = spec.window
     key_clock = jnp.stack([_shifted(clock, s, w) for s in range(w)], 2)
     visible = jnp.stack([_shifted(mask, s, w) for s in range(w)], 1)
-    terms = spec.rel.terms(_shifted(clock, 0, w)[:, :, None], key_clock, dtype)
+    terms = spec.rel.terms(split(_shifted(clock, 0, w)[:, :, None]), split(key_clock), dtype)
     terms = jnp.stack([*terms, jnp.where(visible, dtype(0), dtype(HIDDEN))], 1)
     # The user key comes first: no bias, always visible.
     return jnp.pad(terms, ((0, 0), (0, 0), (1, 0), (0, 0)))
@@ -235,10 +221,9 @@ def _band_over_queries(x, q, w: int):
 # ---- forward and backward over all tiles -----------------------------------------------------
 
 
-def _forward(static, q, prefixes, band, slopes, times, mask):
-    spec, _ = static
-    x = _prepare(static, q, prefixes, band, slopes, times, mask)
-    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.w, x.tiling.width, x.halo
+def _forward(spec, q, prefixes, band, slopes, times, mask):
+    x = _prepare(spec, q, prefixes, band, slopes, times, mask)
+    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.window, x.tiling.width, x.halo
     branches = len(prefixes) + (band is not None)
     out = (jnp.zeros_like(x.q),) * branches
     log_total = (jnp.zeros(x.q.shape[:3] + x.q.shape[4:], dtype),) * branches
@@ -263,7 +248,9 @@ def _forward(static, q, prefixes, band, slopes, times, mask):
             # A row of ones among the values sums the weights in the same product.
             v_one = jnp.concatenate([jnp.swapaxes(v, 2, 3), jnp.ones_like(v[:, :, None, :, 0])], 2)
             unscaled = _over_keys(v_one, weights)
-            finish(branch, unscaled[:, :, :-1], unscaled[:, :, -1], peak)
+            # Of rounded weights that is no normaliser: the gradients would see a sum beside 1.
+            total = unscaled[:, :, -1] if q.dtype == dtype else jnp.sum(weights, 2)
+            finish(branch, unscaled[:, :, :-1], total, peak)
         if x.band is not None:
             k, v = (take(a, row, start, width + halo).astype(dtype) for a in x.band[:2])
             user_k, user_v = (take(a, row).astype(dtype) for a in x.band[2:])
@@ -278,19 +265,21 @@ def _forward(static, q, prefixes, band, slopes, times, mask):
     return tuple(unlong(o, q.shape[1]) for o in out), log_total
 
 
-def _forward_rule(static, q, prefixes, band, slopes, times, mask):
-    results = _forward(static, q, prefixes, band, slopes, times, mask)
+def _forward_rule(spec, q, prefixes, band, slopes, times, mask):
+    results = _forward(spec, q, prefixes, band, slopes, times, mask)
     # Where a caller makes activations anew, these are worth keeping: see model.SparseCTR.
     out, log_total = checkpoint_name(results, SAVED)
     return out, (q, prefixes, band, slopes, times, mask, out, log_total)
 
 
-def _backward_rule(static, residuals, d_out):
+def _backward_rule(spec, residuals, d_out):
     q, prefixes, band, slopes, times, mask, out, log_total = residuals
-    spec, _ = static
-    x = _prepare(static, q, prefixes, band, slopes, times, mask)
-    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.w, x.tiling.width, x.halo
+    x = _prepare(spec, q, prefixes, band, slopes, times, mask)
+    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.window, x.tiling.width, x.halo
     batch, length = q.shape[:2]
+    # do . out is the weights' mean of do . v, unless out was rounded: the error would not sum to 0
+    # over the keys, and the slopes' gradients multiply it by a time's logarithm.
+    exact = q.dtype == dtype
     do_out = [
         rows(
             pad_last(jnp.einsum("blhk,blhk->bhl", a, b, preferred_element_type=dtype), x.tiling),
@@ -330,10 +319,13 @@ def _backward_rule(static, residuals, d_out):
             )
             logits = _product(k, q_tile) + _bias(x.coefficients, terms)
             weights = jnp.exp(logits - total[:, :, None])
-            # A column of -1 among the values subtracts do . out in the same product.
-            v_one = jnp.concatenate([v, -jnp.ones_like(v[..., :1])], -1)
-            do_one = jnp.concatenate([do, product[:, :, None].astype(do.dtype)], 2)
-            d_logits = weights * _product(v_one, do_one)
+            if exact:
+                # A column of -1 among the values subtracts do . out in the same product.
+                v_one = jnp.concatenate([v, -jnp.ones_like(v[..., :1])], -1)
+                do_one = jnp.concatenate([do, product[:, :, None]], 2)
+                d_logits = weights * _product(v_one, do_one)
+            else:
+                d_logits = _softmax_gradient(weights, _product(v, do))
             dq.append(_over_keys(jnp.swapaxes(k, 2, 3), d_logits))
             dk, dv = d_prefixes[branch]
             dk = put(dk, _over_queries(d_logits, q_tile), row, add=True)
@@ -349,7 +341,11 @@ def _backward_rule(static, residuals, d_out):
             terms = _band_terms(spec, clock, take(x.mask, row, start, width + halo), dtype.type)
             logits = _band_products(q_wide, k, user_k, w) + _bias(x.coefficients, terms)
             weights = jnp.exp(logits - total[:, :, None])
-            d_logits = weights * (_band_products(do, v, user_v, w) - product[:, :, None])
+            d_weights = _band_products(do, v, user_v, w)
+            if exact:
+                d_logits = weights * (d_weights - product[:, :, None])
+            else:
+                d_logits = _softmax_gradient(weights, d_weights)
             dq.append(_band_over_keys(d_logits, k, user_k, w))
             dk, dv, d_user_k, d_user_v = grads["band"]
             dk_tile = _band_over_queries(d_logits[:, :, 1:], q_wide, w)
@@ -386,7 +382,7 @@ def _backward_rule(static, residuals, d_out):
     d_slopes = jnp.zeros_like(slopes)
     for i, part in enumerate(spec.rel.parts):
         d_slopes = d_slopes.at[part].set(-grads["coefficients"][:, i].astype(slopes.dtype))
-    dq = unlong(grads["q"], length) * _scale(q, spec)
+    dq = unlong(grads["q"], length) * scale_of(q, spec)
     return dq.astype(q.dtype), d_prefixes, d_band, d_slopes, None, None
 
 

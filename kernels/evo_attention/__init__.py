@@ -1,0 +1,17 @@
+"""EvoAttention: SparseCTR's three sparse branches with RelTemporal (SparseCTR 3.4 and 3.5)."""
+
+from kernels.evo_attention.api import behaviour_branches, candidate_branches
+from kernels.evo_attention.arguments import NEVER, Band, Prefix, Recent
+from kernels.evo_attention.rel_temporal import RelTemporal
+from kernels.evo_attention.tiles import SAVED
+
+__all__ = [
+    "NEVER",
+    "SAVED",
+    "Band",
+    "Prefix",
+    "Recent",
+    "RelTemporal",
+    "behaviour_branches",
+    "candidate_branches",
+]

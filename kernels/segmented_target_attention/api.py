@@ -1,0 +1,132 @@
+"""Segmented target attention, LASER's STA: gates and segment sums of all candidates in one pass.
+
+    logit[b, c, l, h] = q[b, c, h] . k[b, l, h] / sqrt(Kq) + bias[h]
+    z[b, c, s, h]     = sum_{l in segment s} mask[b, l] sigmoid(logit[b, c, l, h]) v[b, l, h]
+
+A segment is `segment` rows in a row, and L a multiple of it. Sum, not mean: a segment of irrelevant
+behaviours gives nearly 0, one of padding alone exactly 0. `v` with a head axis of 1 is shared by
+the heads: pooling x instead of x W_V and projecting the S pooled rows is the same function, with
+S rows to project instead of L.
+
+No implementation keeps B C L H numbers: the XLA path (reference.py) makes a tile of them at a time,
+the kernels a block on chip.
+
+Axis letters: B requests, C candidates, L history length, S segments, H heads,
+Kq and Kv head widths.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels import dispatch
+from kernels.segmented_target_attention import pallas_gpu, pallas_tpu, reference
+from kernels.segmented_target_attention.blocks import Blocks, blocks_for
+
+OP = "segmented_target_attention"
+ACTIVATIONS = ("sigmoid", "softmax")
+KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+# Nothing has been measured on an accelerator: XLA everywhere (docs/kernels.md).
+PREFERRED: dict[str, tuple[str, ...]] = {}
+
+
+def segmented_target_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    bias: jax.Array,
+    *,
+    segment: int,
+    activation: str = "sigmoid",
+    implementation: str | None = None,
+    interpret: Any = False,
+    tile_bytes: int = 0,
+    blocks: Blocks | None = None,
+) -> jax.Array:
+    """z of the module's equations: [B, C, S, H, Kv], S = L / segment, in v's dtype.
+
+    Args:
+      q: [B, C, H, Kq] projected candidates; 1 / sqrt(Kq) is applied here.
+      k: [B, L, H, Kq].
+      v: [B, L, H, Kv], or [B, L, 1, Kv] shared by the heads.
+      mask: [B, L] bool, False for padding.
+      bias: [H].
+      segment: w, rows per segment.
+      activation: "sigmoid", or "softmax" within the segment (an ablation; XLA only).
+      implementation: None or one of dispatch.IMPLEMENTATIONS.
+      interpret: of a Pallas implementation: run anywhere; for pallas_tpu a pltpu.InterpretParams
+        too.
+      tile_bytes: of "xla": size of the logits of a tile; 0 = 4 MiB on a CPU, 64 MiB elsewhere.
+      blocks: of a Pallas implementation: None takes those of the table in blocks.py.
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an implementation that cannot run here.
+    """
+    _check(q, k, v, mask, bias, segment, activation)
+    refusals = dispatch.cannot_run_here(interpret) | _refusals(q, activation)
+    chosen = dispatch.choose(OP, implementation, refusals, PREFERRED)
+    if chosen == "xla":
+        return reference.segmented(
+            q, k, v, mask, bias, segment=segment, activation=activation, tile_bytes=tile_bytes
+        )
+    blocks = blocks or blocks_for(chosen, q.dtype, k.shape[1])
+    return _kernel((chosen, segment, blocks, interpret), q, k, v, mask, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel(how, q, k, v, mask, bias):
+    implementation, segment, blocks, interpret = how
+    return KERNELS[implementation].forward(
+        q, k, v, mask, bias, segment=segment, blocks=blocks, interpret=interpret
+    )
+
+
+def _kernel_forward(how, *arguments):
+    return _kernel(how, *arguments), arguments
+
+
+def _kernel_backward(how, arguments, dz):
+    implementation, segment, blocks, interpret = how
+    dq, dk, dv, dbias = KERNELS[implementation].backward(
+        *arguments, dz, segment=segment, blocks=blocks, interpret=interpret
+    )
+    return dq, dk, dv, None, dbias.astype(arguments[-1].dtype)
+
+
+_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _refusals(q, activation) -> dict[str, str]:
+    """What the kernels cannot do of what the XLA path can."""
+    if activation != "sigmoid":
+        return dict.fromkeys(KERNELS, f"activation {activation!r} is an ablation: XLA only")
+    found = {name: kernel.refusal(q.shape[1], q.dtype) for name, kernel in KERNELS.items()}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def _check(q, k, v, mask, bias, segment, activation):
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{OP}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"{OP}: q, k, v need 4 axes, got {q.shape}, {k.shape}, {v.shape}")
+    batch, _, heads, width = q.shape
+    length = k.shape[1]
+    wanted = {
+        "k": (k.shape, (batch, length, heads, width)),
+        "v": (v.shape, (batch, length, v.shape[2] if v.shape[2] == 1 else heads, v.shape[3])),
+        "mask": (mask.shape, (batch, length)),
+        "bias": (bias.shape, (heads,)),
+    }
+    for name, (shape, expected) in wanted.items():
+        if shape != expected:
+            raise ValueError(f"{OP}: {name} must be {expected} for q {q.shape}, got {shape}")
+    if segment < 1 or length < 1 or length % segment:
+        raise ValueError(f"{OP}: L = {length} is no multiple of the segment size {segment}")
+    if mask.dtype != jnp.bool_:
+        raise ValueError(f"{OP}: mask must be bool, got {mask.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"{OP}: q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")

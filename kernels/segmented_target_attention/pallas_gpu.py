@@ -1,0 +1,285 @@
+"""The kernels for GPUs, through Pallas' Triton lowering.
+
+A program holds a block of candidates and walks over segments, each in blocks of rows that never
+cross a segment's end; blocks are padded to powers of 2 (16 at least, for the matrix units) by
+masked loads, so nothing is padded in memory. The backward pass makes the gates anew, twice: once
+per block of rows for dk and dv, once per block of candidates for dq and dbias. No atomics: two runs
+give equal bits.
+
+Axis letters: B requests, C candidates, c of a block, L history length, l rows of a block, S
+segments, H heads, Kq and Kv head widths.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from kernels.segmented_target_attention.blocks import Blocks
+
+LEAST = 16  # of every side of a product
+
+
+class Shape(NamedTuple):
+    """What a kernel knows when it is traced."""
+
+    candidates: int  # C
+    block: int  # c
+    segment: int  # w
+    segments: int  # S
+    rows: int  # l
+    heads: int
+    value_heads: int
+    key_width: int
+    value_width: int
+
+    @property
+    def candidate_blocks(self) -> int:
+        return -(-self.candidates // self.block)
+
+    @property
+    def parts(self) -> int:
+        """Blocks of rows per segment."""
+        return -(-self.segment // self.rows)
+
+
+def refusal(candidates: int, dtype: Any) -> str | None:
+    """Why the kernels cannot take these arguments, or None."""
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"it takes float32, bfloat16 and float16, got {jnp.dtype(dtype).name}"
+    return None
+
+
+def _dot(x, y):
+    """float32 of two blocks; float32 ones without rounding them to TF32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _power(n: int) -> int:
+    return max(LEAST, pl.next_power_of_2(n))
+
+
+def _block(ref, before, first, count: int, last, after, width: int):
+    """Rows first ... first + count of ref[*before, :, *after, :width]: [count, padded width].
+
+    Returns the part of the ref, and which of its numbers exist: rows before `last`.
+    """
+    rows = first + jnp.arange(count)[:, None]
+    columns = jnp.arange(_power(width))[None]
+    return ref.at[(*before, rows, *after, columns)], (rows < last) & (columns < width)
+
+
+def _candidates(ref, b, i, after, shape: Shape, width: int):
+    """Block i of [B, C, ..., K]: [c, padded K]."""
+    return _block(ref, (b,), i * shape.block, shape.block, shape.candidates, after, width)
+
+
+def _rows(ref, b, s, part, h, shape: Shape, width: int):
+    """Block `part` of segment s of [B, L, H, K]: [l, padded K]."""
+    start = s * shape.segment
+    last = start + shape.segment
+    return _block(ref, (b,), start + part * shape.rows, shape.rows, last, (h,), width)
+
+
+def _load(where) -> jax.Array:
+    at, exists = where
+    return plgpu.load(at, mask=exists, other=0.0)
+
+
+def _store(where, block) -> None:
+    at, exists = where
+    plgpu.store(at, block.astype(at.dtype), mask=exists)
+
+
+def _visible(mask_ref, b, s, part, shape: Shape) -> jax.Array:
+    """[l]."""
+    row = part * shape.rows + jnp.arange(shape.rows)
+    at = mask_ref.at[b, s * shape.segment + row]
+    return plgpu.load(at, mask=row < shape.segment, other=0) > 0
+
+
+def _sigmoid(q, k, bias, shape: Shape) -> jax.Array:
+    """q [c, Kq], k [l, Kq] -> [c, l]."""
+    return jax.nn.sigmoid(_dot(q, k.T) * shape.key_width**-0.5 + bias)
+
+
+def _forward_kernel(
+    q_ref,  # [B, C, H, Kq]
+    k_ref,  # [B, L, H, Kq]
+    v_ref,  # [B, L, H or 1, Kv]
+    mask_ref,  # [B, L]
+    bias_ref,  # [H]
+    z_ref,  # [B, C, S, H, Kv]
+    *,
+    shape: Shape,
+):
+    s, i = pl.program_id(0) // shape.candidate_blocks, pl.program_id(0) % shape.candidate_blocks
+    h, b = pl.program_id(1), pl.program_id(2)
+    of_value = h if shape.value_heads > 1 else jnp.int32(0)
+    q, bias = _load(_candidates(q_ref, b, i, (h,), shape, shape.key_width)), bias_ref[h]
+
+    def of_part(part, sums):
+        k = _load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
+        v = _load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
+        visible = _visible(mask_ref, b, s, part, shape)
+        gates = jnp.where(visible[None], _sigmoid(q, k, bias, shape), 0.0)
+        return sums + _dot(gates.astype(v.dtype), v)
+
+    sums = jnp.zeros((shape.block, _power(shape.value_width)), jnp.float32)
+    sums = jax.lax.fori_loop(0, shape.parts, of_part, sums)
+    _store(_candidates(z_ref, b, i, (s, h), shape, shape.value_width), sums)
+
+
+def _of_logits(q, k, v, dz, bias, visible, shape: Shape):
+    """The gates, and the gradient of the logits without their 1 / sqrt(Kq): both [c, l]."""
+    sigmoid = _sigmoid(q, k, bias, shape)
+    gates = jnp.where(visible[None], sigmoid, 0.0)
+    return gates, _dot(dz, v.T) * gates * (1 - sigmoid)
+
+
+def _rows_kernel(
+    q_ref,  # [B, C, H, Kq]
+    k_ref,  # [B, L, H, Kq]
+    v_ref,  # [B, L, H or 1, Kv]
+    mask_ref,  # [B, L]
+    bias_ref,  # [H]
+    dz_ref,  # [B, C, S, H, Kv]
+    dk_ref,  # [B, L, H, Kq]
+    dv_ref,  # [B, L, H or 1, Kv]
+    *,
+    shape: Shape,
+):
+    """One block of rows, the heads that share its values, all candidates."""
+    s, part = pl.program_id(0) // shape.parts, pl.program_id(0) % shape.parts
+    of_value, b = pl.program_id(1), pl.program_id(2)
+    v = _load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
+    visible = _visible(mask_ref, b, s, part, shape)
+    dv = jnp.zeros(v.shape, jnp.float32)
+    sharing = shape.heads // shape.value_heads
+    for offset in range(sharing):
+        h = of_value * sharing + offset
+        k = _load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
+        bias = bias_ref[h]
+
+        def of_block(i, sums, k=k, h=h, bias=bias):
+            dk, dv = sums
+            q = _load(_candidates(q_ref, b, i, (h,), shape, shape.key_width))
+            dz = _load(_candidates(dz_ref, b, i, (s, h), shape, shape.value_width))
+            gates, of_logits = _of_logits(q, k, v, dz, bias, visible, shape)
+            of_logits = (of_logits * shape.key_width**-0.5).astype(q.dtype)
+            return dk + _dot(of_logits.T, q), dv + _dot(gates.astype(dz.dtype).T, dz)
+
+        start = (jnp.zeros(k.shape, jnp.float32), dv)
+        dk, dv = jax.lax.fori_loop(0, shape.candidate_blocks, of_block, start)
+        _store(_rows(dk_ref, b, s, part, h, shape, shape.key_width), dk)
+    _store(_rows(dv_ref, b, s, part, of_value, shape, shape.value_width), dv)
+
+
+def _candidates_kernel(
+    q_ref,  # [B, C, H, Kq]
+    k_ref,  # [B, L, H, Kq]
+    v_ref,  # [B, L, H or 1, Kv]
+    mask_ref,  # [B, L]
+    bias_ref,  # [H]
+    dz_ref,  # [B, C, S, H, Kv]
+    dq_ref,  # [B, C, H, Kq]
+    dbias_ref,  # [B, C, H]
+    *,
+    shape: Shape,
+):
+    """One block of candidates, one head, all rows."""
+    i, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    of_value = h if shape.value_heads > 1 else jnp.int32(0)
+    q, bias = _load(_candidates(q_ref, b, i, (h,), shape, shape.key_width)), bias_ref[h]
+
+    def of_segment(s, sums):
+        dz = _load(_candidates(dz_ref, b, i, (s, h), shape, shape.value_width))
+
+        def of_part(part, sums):
+            dq, dbias = sums
+            k = _load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
+            v = _load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
+            visible = _visible(mask_ref, b, s, part, shape)
+            _, of_logits = _of_logits(q, k, v, dz, bias, visible, shape)
+            dbias += jnp.sum(of_logits, axis=1)
+            of_logits = (of_logits * shape.key_width**-0.5).astype(k.dtype)
+            return dq + _dot(of_logits, k), dbias
+
+        return jax.lax.fori_loop(0, shape.parts, of_part, sums)
+
+    start = (jnp.zeros(q.shape, jnp.float32), jnp.zeros((shape.block,), jnp.float32))
+    dq, dbias = jax.lax.fori_loop(0, shape.segments, of_segment, start)
+    _store(_candidates(dq_ref, b, i, (h,), shape, shape.key_width), dq)
+    row = i * shape.block + jnp.arange(shape.block)
+    plgpu.store(dbias_ref.at[b, row, h], dbias, mask=row < shape.candidates)
+
+
+def _shape(q, v, segment: int, blocks: Blocks) -> Shape:
+    _, candidates, heads, key_width = q.shape
+    length, value_heads, value_width = v.shape[1:]
+    return Shape(
+        candidates=candidates,
+        block=min(_power(candidates), _power(blocks.candidates)),
+        segment=segment,
+        segments=length // segment,
+        rows=min(_power(segment), _power(blocks.rows)),
+        heads=heads,
+        value_heads=value_heads,
+        key_width=key_width,
+        value_width=value_width,
+    )
+
+
+def _call(kernel, grid, outputs, interpret, name: str):
+    # The lowering, which a caller may start long after this line, warns that it will be replaced.
+    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=outputs,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name=name,
+    )
+
+
+def forward(q, k, v, mask, bias, *, segment: int, blocks: Blocks, interpret: bool) -> jax.Array:
+    """z [B, C, S, H, Kv] of checked arguments."""
+    shape = _shape(q, v, segment, blocks)
+    sums = (len(q), shape.candidates, shape.segments, shape.heads, shape.value_width)
+    return _call(
+        functools.partial(_forward_kernel, shape=shape),
+        (shape.segments * shape.candidate_blocks, shape.heads, len(q)),
+        jax.ShapeDtypeStruct(sums, v.dtype),
+        interpret,
+        "segmented_target_attention_forward",
+    )(q, k, v, mask.astype(jnp.int8), bias.astype(jnp.float32))
+
+
+def backward(q, k, v, mask, bias, dz, *, segment: int, blocks: Blocks, interpret: bool):
+    """Gradients of q, k, v and bias, given that of z."""
+    shape = _shape(q, v, segment, blocks)
+    arguments = (q, k, v, mask.astype(jnp.int8), bias.astype(jnp.float32), dz)
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    dk, dv = _call(
+        functools.partial(_rows_kernel, shape=shape),
+        (shape.segments * shape.parts, shape.value_heads, len(q)),
+        like[1:],
+        interpret,
+        "segmented_target_attention_backward_rows",
+    )(*arguments)
+    dq, dbias = _call(
+        functools.partial(_candidates_kernel, shape=shape),
+        (shape.candidate_blocks, shape.heads, len(q)),
+        [like[0], jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)],
+        interpret,
+        "segmented_target_attention_backward_candidates",
+    )(*arguments)
+    return dq, dk, dv, dbias.sum((0, 1))

@@ -1,0 +1,68 @@
+"""Real shapes, shared by tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.segmented_target_attention.api import segmented_target_attention
+
+
+class Shape(NamedTuple):
+    """Axis letters of api.py; `shared`: values without a head axis."""
+
+    batch: int
+    candidates: int
+    length: int
+    segment: int
+    heads: int
+    key_width: int
+    value_width: int
+    shared: bool
+
+    @property
+    def segments(self) -> int:
+        return self.length // self.segment
+
+
+SHAPES = {
+    # The paper's L, w, heads and widths, d = 128; one candidate per row, as it trains.
+    "paper": Shape(256, 1, 1000, 10, 2, 16, 64, False),
+    # The same, all candidates of a request at once, the value projection after the sums.
+    "paper_serving": Shape(8, 128, 1000, 10, 2, 16, 128, True),
+    "movielens": Shape(256, 1, 200, 10, 2, 8, 32, False),
+    "long_16k": Shape(8, 32, 16384, 16, 2, 16, 64, False),
+}
+
+
+def of_length(length: int, name: str = "paper_serving") -> Shape:
+    """A named shape at another length, filled up to whole segments as the model pads it."""
+    shape = SHAPES[name]
+    return shape._replace(length=-(-length // shape.segment) * shape.segment)
+
+
+def calls(
+    shape: Shape, implementation: str, dtype: jnp.dtype = jnp.float32
+) -> dict[str, tuple[Callable, tuple]]:
+    """{"forward", "backward"}: a function and what it takes; the latter gives all gradients."""
+    b, c, length, segment, h, kq, kv, shared = shape
+    q = jax.ShapeDtypeStruct((b, c, h, kq), dtype)
+    k = jax.ShapeDtypeStruct((b, length, h, kq), dtype)
+    v = jax.ShapeDtypeStruct((b, length, 1 if shared else h, kv), dtype)
+    mask = jax.ShapeDtypeStruct((b, length), jnp.bool_)
+    bias = jax.ShapeDtypeStruct((h,), jnp.float32)
+    dz = jax.ShapeDtypeStruct((b, c, shape.segments, h, kv), dtype)
+
+    def forward(q, k, v, mask, bias):
+        return segmented_target_attention(
+            q, k, v, mask, bias, segment=segment, implementation=implementation
+        )
+
+    def backward(q, k, v, mask, bias, dz):
+        return jax.vjp(lambda q, k, v, bias: forward(q, k, v, mask, bias), q, k, v, bias)[1](dz)
+
+    arguments = (q, k, v, mask, bias)
+    return {"forward": (forward, arguments), "backward": (backward, (*arguments, dz))}

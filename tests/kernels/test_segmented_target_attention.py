@@ -1,0 +1,271 @@
+"""LASER's segment sums: every implementation, forward and each gradient, against float64 NumPy."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import ahead_of_time
+from kernels.segmented_target_attention import segmented_target_attention, shapes
+from kernels.segmented_target_attention.blocks import Blocks, tiling
+from tests.kernels.cases import (
+    CHECKED,
+    IMPLEMENTATIONS,
+    QUICK,
+    TARGETS,
+    needs_tpu_compiler,
+    sizes,
+)
+
+NAMES = ("z", "dq", "dk", "dv", "dbias")
+
+
+class Case(NamedTuple):
+    """Three requests: left-padded, all padding, one behaviour."""
+
+    candidates: int
+    length: int
+    segment: int
+    heads: int = 2
+    key_width: int = 4
+    value_width: int = 8
+    shared: bool = False
+    blocks: Blocks = Blocks(8, 16)  # of pallas_tpu; pallas_gpu takes no fewer than 16 candidates
+
+
+CASES = {
+    "shorter_than_a_block": Case(3, 12, 4),
+    "one_block": Case(1, 16, 4, shared=True),
+    "blocks_and_one_segment": Case(13, 36, 4, heads=3, key_width=5, value_width=64),
+    "segments_of_blocks": Case(17, 40, 20, shared=True),
+    "one_row_per_segment": Case(2, 17, 1, heads=1),
+    "one_segment": Case(9, 33, 33, key_width=64),
+    "one_behaviour": Case(1, 1, 1),
+    "paper": Case(19, 130, 10, key_width=16, value_width=64, blocks=Blocks(16, 64)),
+}
+FAST = ("blocks_and_one_segment", "segments_of_blocks", "one_behaviour")
+
+
+def draw(case, seed=0, dtype=np.float32):
+    """q, k, v, mask, bias and dz, as `dtype` holds them."""
+    rng = np.random.default_rng(seed)
+    b, (c, length, _, h, kq, kv, shared, _) = 3, case
+    normal = lambda *s: jnp.asarray(rng.normal(size=s), dtype)  # noqa: E731
+    mask = np.arange(length) >= rng.integers(0, length, (b, 1))
+    mask[1], mask[2] = False, np.arange(length) == length - 1
+    q, k, v = (
+        normal(b, c, h, kq),
+        normal(b, length, h, kq),
+        normal(b, length, 1 if shared else h, kv),
+    )
+    dz = normal(b, c, length // case.segment, h, kv)
+    return q, k, v, jnp.asarray(mask), jnp.asarray(rng.normal(size=h), jnp.float32), dz
+
+
+def expected(case, q, k, v, mask, bias, dz, activation="sigmoid"):
+    """Name -> (value, sum of the sizes of its terms), one segment after the other."""
+    q, k, v, bias, dz = (np.asarray(x, np.float64) for x in (q, k, v, bias, dz))
+    mask, w, scale = np.asarray(mask), case.segment, case.key_width**-0.5
+    heads = np.arange(case.heads)
+    shared = np.zeros_like(heads) if case.shared else heads
+    z, dq, dk, dv, dbias = (np.zeros((2, *x.shape)) for x in (dz, q, k, v, bias))
+    for s in range(case.length // w):
+        rows = slice(s * w, (s + 1) * w)
+        visible = mask[:, None, rows, None]
+        logits = np.einsum("bchk,blhk->bclh", q, k[:, rows]) * scale + bias
+        values = v[:, rows][:, :, shared]
+        of_gates = np.einsum("bchv,blhv->bclh", dz[:, :, s], values)
+        if activation == "sigmoid":
+            gates = visible / (1 + np.exp(-logits))
+            of_logits = of_gates * gates * (1 - gates)
+        else:
+            exp = np.where(visible, np.exp(logits), 0)
+            gates = exp / np.maximum(exp.sum(2, keepdims=True), 1e-300)
+            of_logits = gates * (of_gates - (gates * of_gates).sum(2, keepdims=True))
+        for i, size in enumerate((lambda x: x, np.abs)):
+            z[i, :, :, s] = np.einsum("bclh,blhv->bchv", gates, size(values))
+            dq[i] += np.einsum("bclh,blhk->bchk", size(of_logits), size(k[:, rows])) * scale
+            dk[i, :, rows] = np.einsum("bclh,bchk->blhk", size(of_logits), size(q)) * scale
+            of_values = np.einsum("bclh,bchv->blhv", gates, size(dz[:, :, s]))
+            dv[i, :, rows] = of_values.sum(2, keepdims=True) if case.shared else of_values
+            dbias[i] += size(of_logits).sum((0, 1, 2))
+    return dict(zip(NAMES, (z, dq, dk, dv, dbias), strict=True))
+
+
+def run(case, arguments, **how):
+    """Name -> array."""
+    if how.get("implementation", "xla") != "xla":
+        how["blocks"] = case.blocks
+
+    def both(q, k, v, mask, bias, dz):
+        def op(q, k, v, bias):
+            return segmented_target_attention(q, k, v, mask, bias, segment=case.segment, **how)
+
+        z, back = jax.vjp(op, q, k, v, bias)
+        return z, *back(dz)
+
+    return dict(zip(NAMES, jax.jit(both, compiler_options=QUICK)(*arguments), strict=True))
+
+
+def check(case, arguments, got, activation="sigmoid"):
+    """Float32: the order of sums. Bfloat16 (8 bits, half of 2**-8 lost per rounding): gates and
+    gradients of gates, of logits and of the result are rounded, so four halves of 2**-8."""
+    tolerance = 2e-6 if arguments[0].dtype == jnp.float32 else 2.0**-7
+    for name, (value, size) in expected(case, *arguments, activation).items():
+        error = np.abs(np.asarray(got[name], np.float64) - value)
+        assert (error <= tolerance * size + 1e-7).all(), (name, (error / (size + 1e-7)).max())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", FAST)
+def test_equals_the_float64_reference(name, implementation):
+    arguments = draw(CASES[name])
+    got = run(CASES[name], arguments, **IMPLEMENTATIONS[implementation])
+    check(CASES[name], arguments, got)
+    assert not np.asarray(got["z"])[1].any()  # padding alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in FAST])
+def test_equals_the_float64_reference_in_more_cases(name, implementation):
+    arguments = draw(CASES[name])
+    check(CASES[name], arguments, run(CASES[name], arguments, **IMPLEMENTATIONS[implementation]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_is_rounded_and_no_more(implementation):
+    case = CASES["segments_of_blocks"]
+    arguments = draw(case, dtype=jnp.bfloat16)
+    got = run(case, arguments, **IMPLEMENTATIONS[implementation])
+    assert [got[name].dtype for name in NAMES] == [jnp.bfloat16] * 4 + [jnp.float32]
+    check(case, arguments, got)
+
+
+@pytest.mark.parametrize(
+    "name", ["segments_of_blocks", pytest.param("paper", marks=pytest.mark.slow)]
+)
+def test_no_race_and_nothing_uninitialised_is_read(name, capfd):
+    arguments = draw(CASES[name])
+    got = run(CASES[name], arguments, implementation="pallas_tpu", interpret=CHECKED)
+    check(CASES[name], arguments, got)
+    assert "race" not in "".join(capfd.readouterr()).lower()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_two_runs_give_equal_bits(implementation):
+    case = CASES["segments_of_blocks"]
+    first, second = (run(case, draw(case), **IMPLEMENTATIONS[implementation]) for _ in range(2))
+    for name in NAMES:
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+@st.composite
+def cases(draw):
+    segment = draw(st.integers(1, 24))
+    return Case(
+        candidates=draw(st.integers(1, 20)),
+        length=segment * draw(st.integers(1, 60 // segment)),
+        segment=segment,
+        heads=draw(st.integers(1, 3)),
+        key_width=draw(st.sampled_from([1, 4, 7, 16])),
+        value_width=draw(st.sampled_from([1, 4, 9])),
+        shared=draw(st.booleans()),
+        blocks=Blocks(draw(st.sampled_from([8, 16])), draw(st.sampled_from([8, 16, 24, 64]))),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=12, deadline=None)
+@given(case=cases(), seed=st.integers(0, 9))
+def test_equals_the_reference_whatever_the_shape(case, seed, implementation):
+    arguments = draw(case, seed)
+    check(case, arguments, run(case, arguments, **IMPLEMENTATIONS[implementation]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(segment=st.integers(1, 300), count=st.integers(1, 40), most=st.sampled_from([8, 64, 256]))
+def test_a_tiling_covers_the_history_once(segment, count, most):
+    length = segment * count
+    rows = tiling(length, segment, most)
+    assert rows.groups * rows.group_rows == length and rows.rows <= max(most, length)
+    assert rows.rows % 8 == 0 or rows.rows == rows.group_rows  # what a TPU's blocks have to be
+    if rows.whole:
+        assert rows.groups == 1 and rows.rows == rows.segments * segment
+    else:
+        assert rows.group_rows == segment and rows.segments == 1
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 2000, 10**6])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_xla_in_tiles_of_any_size(activation, tile_bytes):
+    case = Case(3, 42, 6, shared=tile_bytes == 1)
+    arguments = draw(case)
+    got = run(case, arguments, activation=activation, tile_bytes=tile_bytes)
+    check(case, arguments, got, activation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_array_over_candidates_rows_and_heads(implementation):
+    case = Case(64, 2000, 20, blocks=Blocks(16, 64))
+    arguments = draw(case)
+    how = dict(IMPLEMENTATIONS[implementation])
+    if implementation == "xla":
+        how["tile_bytes"] = 4 * 64 * 200 * 2 * 3
+
+    def total(q, k, v, bias):
+        z = segmented_target_attention(q, k, v, arguments[3], bias, segment=20, **how)
+        return z.sum()
+
+    q, k, v, _, bias, dz = arguments
+    jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1, 2, 3)))(q, k, v, bias)
+    assert max(sizes(jaxpr.jaxpr)) <= max(dz.size, v.size) < 3 * 64 * 2000 * 2 / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(segment=7), "no multiple of the segment size"),
+        (dict(activation="relu"), "activation must be one of"),
+        (dict(k=np.zeros((3, 12, 2, 5), np.float32)), "k must be"),
+        (dict(v=np.zeros((3, 12, 4, 5), np.float32)), "v must be"),
+        (dict(v=jnp.zeros((3, 12, 2, 8), jnp.bfloat16)), "share a dtype"),
+        (dict(mask=np.ones((3, 12), np.float32)), "mask must be bool"),
+        (dict(bias=np.zeros(3, np.float32)), "bias must be"),
+        (dict(implementation="pallas_tpu"), "cannot run: it runs on a tpu"),
+        (dict(implementation="pallas_gpu", interpret=True, activation="softmax"), "XLA only"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = dict(zip(("q", "k", "v", "mask", "bias"), draw(Case(3, 12, 4)), strict=False))
+    with pytest.raises(ValueError, match=message):
+        segmented_target_attention(**(arguments | dict(segment=4) | change))
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize(("tpu", "length", "dtype"), TARGETS)
+def test_compiles_for_tpus(tpu, length, dtype):
+    shape = shapes.of_length(length)
+    # z once more with its axes in another order, its gradient twice: only at this boundary, as the
+    # layout of arguments and results is not the kernels' to choose.
+    b, c, _, _, h, _, kv, _ = shape
+    z = b * c * shape.segments * h * kv * jnp.dtype(dtype).itemsize
+    allowed = {"forward": 1.1 * z + (1 << 20), "backward": 2.2 * z + (1 << 20)}
+    for way, (function, arguments) in shapes.calls(shape, "pallas_tpu", dtype).items():
+        needed = ahead_of_time.tpu_bytes(ahead_of_time.TPU_SLICES[tpu], function, *arguments)
+        assert needed.temporaries <= allowed[way], (way, needed)
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_lowers_for_cuda(name, dtype):
+    calls = shapes.calls(shapes.SHAPES[name], "pallas_gpu", dtype)
+    for way, kernels in (("forward", 1), ("backward", 2)):
+        function, arguments = calls[way]
+        text = ahead_of_time.cuda_text(function, *arguments)
+        assert text.count("__gpu$xla.gpu.triton") == kernels
