@@ -9,6 +9,11 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
 SOURCES := ctr_jax sparsectr_jax lrea_jax laser_jax baselines_jax kernels seqvault configs benchmarks examples tests train.py eval.py
 JOBS ?= 2
+# Tests compile for TPUs, so the TPU compiler is installed; where there is no accelerator, JAX is not
+# to look for one: it would say so at length.
+ifeq ($(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia0),)
+export JAX_PLATFORMS ?= cpu
+endif
 
 .PHONY: demo test test-all check-cuda lint clean
 
