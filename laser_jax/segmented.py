@@ -12,6 +12,7 @@ Segments are aligned so that the newest is full. Two orders of the projections g
 one with fewer multiplications is taken:
 
     shared         x W_K and x W_V once for all candidates; scores of width k, sums of width d / H
+                   (kernels/segmented_target_attention)
     per_candidate  q W_Q W_K^T meets x itself, and W_V comes after the sums; scores and sums of
                    width d, for each head
 
@@ -30,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from ctr_jax.layers import masked_softmax, token_dot_general
+from kernels.segmented_target_attention import segmented_target_attention
 
 ORDERS = ("auto", "shared", "per_candidate")
 GATES = ("sigmoid", "softmax")
@@ -56,28 +58,12 @@ class History:
         return self.mask.reshape(len(self.mask), -1, segment).any(-1)
 
 
-def gated_sums(query, keys, values, mask, bias, segment: int, gate: str = "sigmoid") -> jax.Array:
-    """sum over each segment of mask_l gate_l values_l.
-
-    Args:
-      query: [B, C, H, k], scaled. keys: [B, L, H, k]. values: [B, L, H, v]. mask: [B, L] bool.
-      bias: [H].
-      gate: "sigmoid", or "softmax" over each segment's behaviours.
-    Returns:
-      [B, C, S, H, v].
-    """
-    scores = jnp.einsum("bchk,blhk->bchl", query, keys) + bias[:, None]
-    gates = _in_segments(_gates(scores, mask[:, None, None], segment, gate), segment)
-    # Segments lead: a small product per segment.
-    values = values.reshape(len(values), -1, segment, *values.shape[2:])
-    return jnp.moveaxis(jnp.einsum("bchsw,bswhv->bschv", gates, values), 1, 2)
-
-
 def pooled_sums(query, x, mask, bias, segment: int, gate: str = "sigmoid") -> jax.Array:
-    """gated_sums with the behaviours themselves as keys and values of all heads.
+    """segmented_target_attention with the behaviours themselves as keys and values of all heads.
 
     Args:
       query: [B, C, H, d], scaled. x: [B, L, d]. mask: [B, L] bool. bias: [H].
+      gate: "sigmoid", or "softmax" over each segment's behaviours.
     Returns:
       [B, C, S, H, d].
     """
@@ -207,15 +193,25 @@ class SegmentedTargetAttention(nn.Module):
         """candidates [B, C, d] -> segments [B, C, S, d]. Those without a behaviour hold anything:
         history.segments(w) tells them."""
         (b, c, d), h, k = candidates.shape, self.num_heads, self.key_width
-        query = (candidates @ (self.query_kernel * k**-0.5)).reshape(b, c, h, k)
-        how = (history.mask, self.bias, self.segment, self.gate)
+        query = (candidates @ self.query_kernel).reshape(b, c, h, k)
         if history.keys is None:
-            query = jnp.einsum("bchk,dhk->bchd", query, self.key_kernel.reshape(d, h, k))
-            z = pooled_sums(query, history.behaviours, *how)
+            folded = self.key_kernel.reshape(d, h, k) * k**-0.5
+            query = jnp.einsum("bchk,dhk->bchd", query, folded)
+            z = pooled_sums(
+                query, history.behaviours, history.mask, self.bias, self.segment, self.gate
+            )
             z, kernels = z.reshape(b, -1, h, d), jnp.split(self.value_kernel, h, 1)
             z = jnp.concatenate([_product(z[:, :, i], kernels[i]) for i in range(h)], -1)
         else:
-            z = gated_sums(query, history.keys, history.values, *how)
+            z = segmented_target_attention(
+                query,
+                history.keys,
+                history.values,
+                history.mask,
+                self.bias,
+                segment=self.segment,
+                activation=self.gate,
+            )
         if self.pool == "mean":
             z = z / self.segment
         z = self.out(z.reshape(b, -1, d))
