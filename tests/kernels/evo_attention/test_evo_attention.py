@@ -245,8 +245,10 @@ def test_refusals():
         with pytest.raises(ValueError, match="block must be"):
             call(*behaviours, implementation=name, interpret=True, block=24)
         with pytest.raises(ValueError, match="float32 and bfloat16"):
-            call(behaviours[0].astype("float16"), *behaviours[1:], implementation=name,
-                 interpret=True)  # fmt: skip
+            half = jax.tree.map(
+                lambda x: x.astype("float16") if x.dtype == "float32" else x, behaviours
+            )
+            call(*half, implementation=name, interpret=True)
     with pytest.raises(ValueError, match="to hold a window of 200"):
         behaviour_branches(*behaviours, rel=ALL, window=200, implementation="pallas_tpu",
                            interpret=True, block=128)  # fmt: skip
