@@ -13,9 +13,14 @@ from absl import app, flags
 
 from kernels import ahead_of_time
 from kernels.absorbed_target_attention import shapes as absorbed
+from kernels.evo_attention import shapes as evo
 from kernels.segmented_target_attention import shapes as segmented
 
-OPS = {"segmented_target_attention": segmented, "absorbed_target_attention": absorbed}
+OPS = {
+    "evo_attention": evo,
+    "segmented_target_attention": segmented,
+    "absorbed_target_attention": absorbed,
+}
 LENGTHS = (50, 128, 1024, 4096, 16384)
 SLICES = flags.DEFINE_list("slices", list(ahead_of_time.TPU_SLICES), "Of kernels.ahead_of_time.")
 IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["pallas_tpu"], "Of kernels.dispatch.")

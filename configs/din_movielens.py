@@ -13,5 +13,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config = sparsectr_movielens.get_config(variant)
     config.name = config.name.replace("sparsectr", "din")
     config.model = din.default_config()
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = config.table_optimizer.learning_rate = 1e-3
     return config

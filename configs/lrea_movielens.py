@@ -23,7 +23,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.name = "_".join(["lrea_movielens", *sorted(chosen)])
     config.optimizer.name = config.table_optimizer.name = "adagrad"
     config.optimizer.learning_rate = config.table_optimizer.learning_rate = 0.01
-    config.table_optimizer.initial_accumulator = 0.1
     config.optimizer.schedule = config.table_optimizer.schedule = "constant"
     config.loss.weights.non_negativity = 0.3  # lambda of eq. 11
 

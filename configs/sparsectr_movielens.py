@@ -44,8 +44,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.width = 64
     config.model.num_layers = 1
     config.model.local_window = 50
-    config.optimizer.learning_rate, config.table_optimizer.learning_rate = 2e-3, 0.02
+    config.optimizer.learning_rate = config.table_optimizer.learning_rate = 2e-3
     config.optimizer.schedule = config.table_optimizer.schedule = "cosine"
-    # From nothing: beside the usual .1 the gradients of single rows are so small that none moves.
-    config.table_optimizer.name, config.table_optimizer.initial_accumulator = "adagrad", 1e-6
     return config

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from ctr_jax import history_model
 from ctr_jax.features import Column, DataSpec
 from ctr_jax.history_model import HistoryModel, Tokens
+from kernels import dispatch
 from laser_jax import fusion, segmented
 from laser_jax.recency import RecencyEmbedding
 from laser_jax.segmented import SegmentedTargetAttention
@@ -102,7 +103,7 @@ class LASER(nn.Module):
         history = candidates.history(x, mask, c)
 
         segments = history.mask.shape[1] // config.segment
-        tile_bytes = TILE_BYTES.get(jax.default_backend(), LARGE_TILE_BYTES)
+        tile_bytes = TILE_BYTES.get(dispatch.platform(), LARGE_TILE_BYTES)
         tile = max(1, tile_bytes // (b * segments * d * x.dtype.itemsize))
         if tile >= c or self.is_initializing():
             return candidates(tokens.candidates, history, tokens.profile)

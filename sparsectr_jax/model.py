@@ -21,6 +21,7 @@ from ctr_jax.batch import EmbeddedBatch
 from ctr_jax.features import Column, DataSpec, default_columns
 from ctr_jax.head import MLPHead
 from ctr_jax.layers import MLP, token_dot_general
+from kernels import dispatch
 from kernels.evo_attention import SAVED
 from sparsectr_jax import chunking
 from sparsectr_jax.block import SparseBlock, evo_spec
@@ -81,7 +82,7 @@ def default_config() -> ConfigDict:
 
 def rows_per_tile(config: ConfigDict, batch: int) -> int:
     """Requests that go through the model at a time: a divisor of the batch."""
-    rows = config.rows_per_tile or (16 if jax.default_backend() == "cpu" else batch)
+    rows = config.rows_per_tile or (16 if dispatch.platform() == "cpu" else batch)
     return next(r for r in range(min(rows, batch), 0, -1) if batch % r == 0)
 
 
