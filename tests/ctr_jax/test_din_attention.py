@@ -116,7 +116,8 @@ def test_gradients_do_not_depend_on_the_tiles():
             return jnp.sum(jnp.sin(out))
 
         grads.append(jax.grad(loss, argnums=(0, 1, 2))(variables["params"], query, keys))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), *grads)
+    # Gradients are sums of terms of about 30 that partly cancel.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=5e-5), *grads)
 
 
 @pytest.mark.parametrize("activation", ["dice", "relu"])
