@@ -94,3 +94,27 @@ def test_heads_and_back():
     heads = heads_last(x, 2)
     assert heads.shape == (2, 2, 4, 3) and heads[1, 1, 2, 0] == x[1, 0, 6]
     np.testing.assert_array_equal(tokens_last(heads), x)
+
+
+@pytest.mark.parametrize(
+    "size, n, tile_bytes, together",
+    # All fit; three of six, as four do not divide them; one and a half fit; less than one does.
+    [(6, 5, 10**6, 6), (6, 5, 4 * 5 * 5 * FLOAT, 3), (6, 5, 150, 1), (6, 5, 1, 1)],
+)
+def test_as_many_requests_together_as_fit(size, n, tile_bytes, together, monkeypatch):
+    whole_map, seen = jax.lax.map, []
+
+    def spy(f, xs, *, batch_size=None):
+        seen.append(batch_size or 1)
+        return whole_map(f, xs, batch_size=batch_size)
+
+    monkeypatch.setattr(jax.lax, "map", spy)
+    q, k = arrays(size, n, n)
+    jax.eval_shape(
+        lambda q, k: over_tiles(
+            weighted, dict(q=q), dict(k=k), query_bytes=n * FLOAT, tile_bytes=tile_bytes
+        ),
+        q,
+        k,
+    )
+    assert seen[0] == together

@@ -59,7 +59,8 @@ def draw(case, seed=0, dtype=np.float32):
     behaviour = np.ones((b, k, 1))
     behaviour[1, :-1] = 0
     behaviour = jnp.asarray(behaviour, dtype)
-    memory = Memory(normal(b, k, d) * behaviour, normal(b, k, d) * behaviour, normal(b, d))
+    values = (normal(b, k, d) * behaviour).at[1, 0].set(1)  # phi's slope at 0 counts in this row
+    memory = Memory(normal(b, k, d) * behaviour, values, normal(b, d))
     weights = Weights(
         *(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((d, h), (d, h), (d, h), (h,)))
     )
