@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from ctr_jax import history_model
 from ctr_jax.features import Column, DataSpec
-from ctr_jax.history_model import HistoryModel
 
 
 def default_config() -> ConfigDict:
@@ -27,5 +26,4 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
     Raises:
       ValueError: the sizes do not fit.
     """
-    columns = history_model.build_columns(config, spec)
-    return HistoryModel(config, columns, None), columns
+    return history_model.build(config, spec, None)

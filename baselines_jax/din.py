@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from ctr_jax import history_model
 from ctr_jax.din_attention import DINAttention
 from ctr_jax.features import Column, DataSpec
-from ctr_jax.history_model import HistoryModel, Tokens
+from ctr_jax.history_model import Tokens
 
 
 def default_config() -> ConfigDict:
@@ -34,8 +34,7 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
     if config.activation not in ("dice", "relu"):
         raise ValueError(f"activation must be dice or relu, got {config.activation!r}")
     interest = DIN(tuple(config.attention_hidden), config.activation)
-    columns = history_model.build_columns(config, spec)
-    return HistoryModel(config, columns, interest), columns
+    return history_model.build(config, spec, interest)
 
 
 class DIN(nn.Module):

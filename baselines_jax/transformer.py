@@ -30,9 +30,10 @@ from ml_collections import ConfigDict
 
 from ctr_jax import history_model
 from ctr_jax.features import Column, DataSpec
-from ctr_jax.history_model import HistoryModel, Tokens
-from ctr_jax.layers import masked_softmax, token_dot_general
+from ctr_jax.history_model import Tokens
+from ctr_jax.layers import token_dot_general
 from ctr_jax.query_tiles import heads_last, over_tiles, tokens_last
+from kernels.softmax import masked_softmax
 
 
 def default_config() -> ConfigDict:
@@ -53,8 +54,7 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
     if config.num_layers < 1 or config.num_heads < 1 or config.width % config.num_heads:
         raise ValueError("num_layers and num_heads must be >= 1, and num_heads divide width")
     interest = Transformer(config.num_layers, config.num_heads, config.length)
-    columns = history_model.build_columns(config, spec)
-    return HistoryModel(config, columns, interest), columns
+    return history_model.build(config, spec, interest)
 
 
 class Transformer(nn.Module):

@@ -32,8 +32,8 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from ctr_jax.layers import masked_softmax
 from kernels.evo_attention import NEVER, Prefix, RelTemporal, behaviour_branches
+from kernels.softmax import masked_softmax
 from sparsectr_jax import evo_attention as evo
 from sparsectr_jax import model
 from sparsectr_jax.aggregate import Aggregate

@@ -5,8 +5,8 @@
 
 One request: one user, his history as tokens [L, d] (DIN-long, decompressed) or his cache [2, r, d]
 (absorbed), and the tokens of B candidates; what comes out is the interest [B, d]. Embedding, short
-branch and head are the same for all and not in it. All three sides are ctr_jax.target_attention's
-`attend`, the same code on other rows: DIN-long is LREA's unit at full rank with tiles over L, and
+branch and head are the same for all and not in it. All three sides are absorbed_target_attention of
+kernels/, the same code on other rows: DIN-long is LREA's unit at full rank with tiles over L, and
 what depends on the history alone is computed once per request.
 
 Rounds go through all sides in turn, so that a change of the machine's pace meets all; a figure is
@@ -31,7 +31,7 @@ import numpy as np
 
 from benchmarks.evo_attention import machine
 from ctr_jax.long_short import FullRank
-from ctr_jax.target_attention import FORMS, Weights, attend
+from kernels.absorbed_target_attention import FORMS, Weights, absorbed_target_attention
 from lrea_jax import low_rank
 
 D, H = 16, 64
@@ -114,13 +114,15 @@ def sides(lengths, candidates, ranks, form, decompressed_rank):
     rng = np.random.default_rng(0)
     unit = weights(rng)
     request = jax.jit(
-        lambda query, memory: attend(query, memory, unit, form=form, implementation="hidden")
+        lambda query, memory: absorbed_target_attention(
+            query, memory, unit, form=form, tiling="hidden"
+        )
     )
 
     def from_history(module, path):
         def run(variables, query, tokens):
             memory = module.apply(variables, tokens, path, method="memory")
-            return attend(query, memory, unit, form=form, implementation="hidden")
+            return absorbed_target_attention(query, memory, unit, form=form, tiling="hidden")
 
         return jax.jit(run)
 

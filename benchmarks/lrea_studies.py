@@ -35,9 +35,9 @@ from ctr_jax.data import open_data
 from ctr_jax.evaluation import evaluate, score_split
 from ctr_jax.reports import format_table
 from ctr_jax.serving import restore
-from ctr_jax.target_attention import FORMS
 from ctr_jax.training import train
 from ctr_jax.writers import quiet_checkpoint_logs
+from kernels.absorbed_target_attention import FORMS
 from lrea_jax import low_rank
 from lrea_jax.serving import ServedModel, name_of, precompute, score
 

@@ -44,7 +44,7 @@ ABLATIONS = {
 }
 
 
-# LASER's ablation table, its sizes and lengths (paper's summary; laser.md).
+# LASER's ablation table and its sizes (paper's summary; laser.md).
 LASER_ABLATIONS = {
     "LASER": {},
     "no recency embedding": {"model.recency": False},
@@ -55,7 +55,6 @@ LASER_ABLATIONS = {
     "segments of 5": {"model.segment": 5},
     "segments of 20": {"model.segment": 20},
     **{f"{m} GSTA layers": {"model.num_layers": m} for m in (1, 3, 4)},
-    **{f"L={n}": {"history_length": n} for n in (500, 2000, 4000)},
 }
 
 
@@ -105,6 +104,10 @@ def studies() -> dict[str, dict[str, dict]]:
         "laser_ablations": {
             name: _row("laser_alibaba.py:long", **changes)
             for name, changes in LASER_ABLATIONS.items()
+        },
+        "laser_lengths": {
+            f"L={n}": _row("laser_industrial.py:demo", history_length=n)
+            for n in (500, 1000, 2000, 4000)
         },
     }
 

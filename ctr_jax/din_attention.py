@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ctr_jax.layers import token_dot_general
+from ctr_jax.layers import token_product
 
 TILE_BYTES = 64 << 20  # smaller ones, which stay in a CPU's cache, are slower: more passes
 
@@ -83,8 +83,8 @@ class DINAttention(nn.Module):
             if long:
                 return jnp.einsum("btd,bcdh->bcth", keys, kernel) + start[:, :, None]
             pairs = (query[:, :, None] * keys[:, None]).reshape(b, -1, d)
-            of_pairs = _product(pairs, of_product).reshape(b, c, keys.shape[1], -1)
-            return of_pairs + _product(keys, of_key)[:, None] + start[:, :, None]
+            of_pairs = token_product(pairs, of_product).reshape(b, c, keys.shape[1], -1)
+            return of_pairs + token_product(keys, of_key)[:, None] + start[:, :, None]
 
         norms = []
 
@@ -143,10 +143,6 @@ def _over_tiles(step, start, rows):
     if len(rows[0]) == 1:
         return step(start, jax.tree.map(lambda x: x[0], rows))[0]
     return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, rows)[0]
-
-
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return token_dot_general(x, kernel, (((2,), (0,)), ((), ())))
 
 
 def _tiles(keys: jax.Array, mask: jax.Array, largest: int) -> tuple[jax.Array, jax.Array]:

@@ -110,6 +110,14 @@ def default_columns(
     )
 
 
+def require(columns: Iterable[Column], spec: DataSpec, model: str) -> None:
+    """Raises ValueError unless `columns` hold some of behaviours and some of candidates."""
+    groups = {c.group for c in columns}
+    for group in ("behaviour", "candidate"):
+        if group not in groups:
+            raise ValueError(f"{model} needs at least one {group} column of {spec.name!r}")
+
+
 def table_shapes(columns: Iterable[Column], spec: DataSpec) -> dict[str, tuple[int, int]]:
     """{table: (rows, width)} of the tables that `columns` use.
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.din_attention import DINAttention
-from ctr_jax.features import Column, DataSpec, default_columns
+from ctr_jax.features import Column, DataSpec, default_columns, require
 from ctr_jax.head import MLPHead
 from ctr_jax.layers import token_dot_general
 
@@ -64,7 +64,7 @@ class HistoryModel(nn.Module):
 
     Attributes:
       config: fields of `default_config`.
-      columns: what `build_columns` returned.
+      columns: what `build` chose.
       interest: the module above, or None for a model without it.
     """
 
@@ -117,8 +117,11 @@ class HistoryModel(nn.Module):
         return logits, {"losses": {}, "interest": interest}
 
 
-def build_columns(config: ConfigDict, spec: DataSpec) -> tuple[Column, ...]:
-    """The columns a model of this frame reads: all of the data set less `config.exclude`.
+def build(
+    config: ConfigDict, spec: DataSpec, interest: Any
+) -> tuple[nn.Module, tuple[Column, ...]]:
+    """The frame around `interest`, and the columns it reads: all of the data set less
+    `config.exclude`.
 
     Raises:
       ValueError: sizes are not positive, or the data set lacks behaviour or candidate columns.
@@ -126,7 +129,5 @@ def build_columns(config: ConfigDict, spec: DataSpec) -> tuple[Column, ...]:
     if config.width < 1 or config.short_length < 0:
         raise ValueError("width must be >= 1 and short_length >= 0")
     columns = default_columns(spec, config.embedding_width, exclude=config.exclude)
-    for group in ("behaviour", "candidate"):
-        if not any(c.group == group for c in columns):
-            raise ValueError(f"{config.module} needs at least one {group} column of {spec.name!r}")
-    return columns
+    require(columns, spec, config.module)
+    return HistoryModel(config, columns, interest), columns

@@ -11,31 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.softmax import accumulation_dtype
+
 ACTIVATIONS = {"relu": nn.relu, "swish": nn.swish, "gelu": nn.gelu, "tanh": jnp.tanh}
-
-
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """float32 for float32 and narrower, float64 for float64: what softmax and logits use."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def masked_softmax(logits: jax.Array, mask: jax.Array, axis: int = -1) -> jax.Array:
-    """Softmax over the entries where `mask`; an empty set gives 0, never a uniform row or NaN.
-
-    Args:
-      logits: any shape, any float dtype; entries outside the mask may hold anything but NaN.
-      mask: bool, broadcastable to logits.
-    Returns:
-      logits' shape in float32 (float64 for float64 logits). Gradients are finite everywhere.
-    """
-    logits = logits.astype(accumulation_dtype(logits.dtype))
-    logits = jnp.where(mask, logits, -jnp.inf)
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis, keepdims=True))
-    # exp(-inf - 0) = 0 with gradient 0: a fully masked row has peak -inf and would give NaN.
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0))
-    total = jnp.sum(weights, axis, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1)
-
 
 WEIGHT_PARTS = 8
 
@@ -73,6 +51,11 @@ def token_dot_general(x, kernel, dimension_numbers, precision=None, **kwargs):
     if plain and precision is None and not kwargs and tokens and tokens % WEIGHT_PARTS == 0:
         return _token_product(x, kernel)
     return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision, **kwargs)
+
+
+def token_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[B, L, i] x [i, o] -> [B, L, o], by `token_dot_general`."""
+    return token_dot_general(x, kernel, (((2,), (0,)), ((), ())))
 
 
 class RMSNorm(nn.Module):

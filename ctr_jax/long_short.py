@@ -26,9 +26,10 @@ from ml_collections import ConfigDict
 
 from ctr_jax.batch import EmbeddedBatch
 from ctr_jax.batch_norm import MaskedBatchNorm
-from ctr_jax.features import Column, DataSpec, default_columns
+from ctr_jax.features import Column, DataSpec, default_columns, require
 from ctr_jax.head import base_rate_logit
-from ctr_jax.target_attention import FORMS, Memory, TargetAttention, leaky_relu
+from ctr_jax.target_attention import TargetAttention
+from kernels.absorbed_target_attention import FORMS, Memory, leaky_relu
 
 
 def default_config(module: str) -> ConfigDict:
@@ -176,14 +177,14 @@ class LongShort(nn.Module):
         """The long branch alone: query [B, C, d] -> [B, C, d]."""
         return self.long_attention(query, summary.long, "hidden")
 
-    def _score(self, embedded, summary, train, implementation):
+    def _score(self, embedded, summary, train, tiling):
         b, _, c = embedded.batch.shape
         candidate = self._join(embedded, "candidate")
         query = self.candidate_token(candidate)
-        recent = self.short_attention(query, whole(summary.recent), implementation)
+        recent = self.short_attention(query, whole(summary.recent), tiling)
         parts, interest = [candidate, query, recent], None
         if self.long is not None:
-            interest = self.long_attention(query, summary.long, implementation)
+            interest = self.long_attention(query, summary.long, tiling)
             parts.append(interest)
         for group in ("user", "context"):
             parts += [
@@ -214,7 +215,5 @@ def build_columns(config: ConfigDict, spec: DataSpec) -> tuple[Column, ...]:
     if min(config.width, config.hidden, config.short_length, config.long_length) < 1:
         raise ValueError("width, hidden, short_length and long_length must be >= 1")
     columns = default_columns(spec, config.embedding_width, exclude=config.exclude)
-    for group in ("behaviour", "candidate"):
-        if not any(c.group == group for c in columns):
-            raise ValueError(f"{config.module} needs at least one {group} column of {spec.name!r}")
+    require(columns, spec, config.module)
     return columns

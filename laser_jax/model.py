@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from ctr_jax import history_model
 from ctr_jax.features import Column, DataSpec
-from ctr_jax.history_model import HistoryModel, Tokens
+from ctr_jax.history_model import Tokens
 from kernels import dispatch
 from laser_jax import fusion, segmented
 from laser_jax.recency import RecencyEmbedding
@@ -81,8 +81,7 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
         raise ValueError(
             f"width {config.width} is not a multiple of fusion_tokens {config.fusion_tokens}"
         )
-    columns = history_model.build_columns(config, spec)
-    return HistoryModel(config, columns, LASER(config)), columns
+    return history_model.build(config, spec, LASER(config))
 
 
 class LASER(nn.Module):

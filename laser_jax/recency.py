@@ -10,13 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.evo_attention import floor_log2
+
 NUM_BUCKETS = 31  # floor(log2) of positive int32
 
 
 def age_buckets(request_time: jax.Array, times: jax.Array) -> jax.Array:
     """[B] and [B, L] int32 seconds -> int32 buckets [B, L] in 0..30; ages below a second are 0."""
-    age = jnp.maximum(request_time[:, None] - times, 1)
-    return 31 - jax.lax.clz(age)
+    return floor_log2(request_time[:, None] - times)
 
 
 @jax.custom_vjp

@@ -30,8 +30,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ctr_jax.layers import masked_softmax, token_dot_general
+from ctr_jax.layers import token_dot_general, token_product
 from kernels.segmented_target_attention import segmented_target_attention
+from kernels.softmax import masked_softmax
 
 ORDERS = ("auto", "shared", "per_candidate")
 GATES = ("sigmoid", "softmax")
@@ -178,7 +179,9 @@ class SegmentedTargetAttention(nn.Module):
         if self.per_candidate(length + left, candidates):
             return History(x, None, None, mask)
         heads = (b, length + left, self.num_heads, -1)
-        keys, values = (_product(x, w).reshape(heads) for w in (self.key_kernel, self.value_kernel))
+        keys, values = (
+            token_product(x, w).reshape(heads) for w in (self.key_kernel, self.value_kernel)
+        )
         return History(x, keys, values, mask)
 
     def per_candidate(self, length: int, candidates: int) -> bool:
@@ -201,7 +204,7 @@ class SegmentedTargetAttention(nn.Module):
                 query, history.behaviours, history.mask, self.bias, self.segment, self.gate
             )
             z, kernels = z.reshape(b, -1, h, d), jnp.split(self.value_kernel, h, 1)
-            z = jnp.concatenate([_product(z[:, :, i], kernels[i]) for i in range(h)], -1)
+            z = jnp.concatenate([token_product(z[:, :, i], kernels[i]) for i in range(h)], -1)
         else:
             z = segmented_target_attention(
                 query,
@@ -222,8 +225,3 @@ class SegmentedTargetAttention(nn.Module):
             if self.norm:
                 z = self.ffn_norm(z)
         return z.reshape(b, c, -1, d)
-
-
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[B, n, i] x [i, o]."""
-    return token_dot_general(x, kernel, (((2,), (0,)), ((), ())))

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ctr_jax.layers import masked_softmax
+from kernels.softmax import masked_softmax
 
 
 class StackedLayer(nn.Module):

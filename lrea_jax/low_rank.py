@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctr_jax.target_attention import Memory
+from kernels.absorbed_target_attention import Memory
 
 PATHS = ("decompressed", "absorbed")
 PARAMETRISATIONS = ("free", "stochastic")

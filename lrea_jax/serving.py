@@ -30,7 +30,7 @@ from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.features import Column
 from ctr_jax.long_short import LongShort, Summary
 from ctr_jax.serving import restore
-from ctr_jax.target_attention import Memory
+from kernels.absorbed_target_attention import Memory
 
 
 class StaleCache(ValueError):

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ctr_jax.layers import RMSNorm, SwiGLU, accumulation_dtype, token_dot_general
+from ctr_jax.layers import RMSNorm, SwiGLU, token_dot_general
 from kernels.evo_attention import RelTemporal
+from kernels.softmax import accumulation_dtype
 from sparsectr_jax import evo_attention
 from sparsectr_jax.aggregate import MEAN_TYPE, Aggregate, chunk_mean
 from sparsectr_jax.chunking import transition_slots

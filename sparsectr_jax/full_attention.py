@@ -10,8 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ctr_jax.layers import accumulation_dtype, masked_softmax
 from kernels.evo_attention import RelTemporal
+from kernels.softmax import accumulation_dtype, masked_softmax
 
 
 def full_attention(

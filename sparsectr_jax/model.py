@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ctr_jax.batch import EmbeddedBatch
-from ctr_jax.features import Column, DataSpec, default_columns
+from ctr_jax.features import Column, DataSpec, default_columns, require
 from ctr_jax.head import MLPHead
 from ctr_jax.layers import MLP, token_dot_general
 from kernels import dispatch
@@ -209,7 +209,5 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
         raise ValueError("num_layers, num_chunks, num_transition and local_window must be >= 1")
     evo_spec(config)
     columns = default_columns(spec, config.embedding_width, exclude=config.exclude)
-    for group in ("behaviour", "candidate"):
-        if not any(c.group == group for c in columns):
-            raise ValueError(f"SparseCTR needs at least one {group} column of {spec.name!r}")
+    require(columns, spec, "SparseCTR")
     return SparseCTR(config, columns), columns

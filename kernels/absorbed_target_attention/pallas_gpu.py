@@ -24,34 +24,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels.absorbed_target_attention.blocks import Blocks
 from kernels.absorbed_target_attention.reference import Weights, leaky_relu
+from kernels.absorbed_target_attention.unit import Shape, derivative
+from kernels.products import dot
+from kernels.triton import load, power, store
 
-LEAST = 16  # of every side of a product
 UNITS = 4  # of one walk over the rows
-
-
-class Shape(NamedTuple):
-    """What a kernel knows when it is traced."""
-
-    candidates: int  # C
-    block: int  # c
-    rows: int  # K
-    row_block: int  # k
-    width: int  # d
-    hidden: int  # h
-    joint: bool
-    slope: float
-
-    @property
-    def candidate_blocks(self) -> int:
-        return -(-self.candidates // self.block)
-
-    @property
-    def row_blocks(self) -> int:
-        return -(-self.rows // self.row_block)
-
-    @property
-    def columns(self) -> int:
-        return _power(self.width)
 
 
 def refusal(candidates: int, dtype: Any) -> str | None:
@@ -61,19 +38,9 @@ def refusal(candidates: int, dtype: Any) -> str | None:
     return None
 
 
-def _power(n: int) -> int:
-    return max(LEAST, pl.next_power_of_2(n))
-
-
-def _dot(x, y):
-    """float32 of two blocks; float32 ones without rounding them to TF32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _block(ref, b, index, step: int, size: int, shape: Shape):
     """Block `index` of ref[b] [size, d], [step, padded d]: the part, and which of it exists."""
-    rows, columns = index * step + jnp.arange(step)[:, None], jnp.arange(shape.columns)[None]
+    rows, columns = index * step + jnp.arange(step)[:, None], jnp.arange(power(shape.width))[None]
     return ref.at[b, rows, columns], (rows < size) & (columns < shape.width)
 
 
@@ -87,23 +54,8 @@ def _rows(ref, b, t, shape: Shape):
 
 def _unit(ref, before: tuple, j, shape: Shape):
     """ref[*before, j] [d], padded: the part, and which of it exists; nothing beyond unit h."""
-    columns = jnp.arange(shape.columns)
+    columns = jnp.arange(power(shape.width))
     return ref.at[(*before, j, columns)], (columns < shape.width) & (j < shape.hidden)
-
-
-def _load(where) -> jax.Array:
-    at, exists = where
-    return plgpu.load(at, mask=exists, other=0.0)
-
-
-def _store(where, block) -> None:
-    at, exists = where
-    plgpu.store(at, block.astype(at.dtype), mask=exists)
-
-
-def _derivative(x: jax.Array, slope: float) -> jax.Array:
-    """Of leaky_relu; halfway between the two at 0, as jnp.maximum has it."""
-    return jnp.where(x > 0, 1.0, jnp.where(x < 0, slope, (1 + slope) / 2))
 
 
 class Unit(NamedTuple):
@@ -125,16 +77,16 @@ class Unit(NamedTuple):
         """[k], the gradient of `alone` without the unit's own weight."""
         if shape.joint:
             return jnp.sum(of_x, axis=0)
-        return jnp.sum(of_scores, axis=0) * _derivative(self.alone, shape.slope)
+        return jnp.sum(of_scores, axis=0) * derivative(self.alone, shape.slope)
 
 
 def _of_unit(refs, q, keys, j, shape: Shape) -> Unit:
     """q and keys as they are stored."""
-    w1, w2, w3 = (_load(_unit(ref, (), j, shape)) for ref in refs)
+    w1, w2, w3 = (load(_unit(ref, (), j, shape)) for ref in refs)
     exact = q.astype(jnp.float32)
     scaled = (exact * w3[None]).astype(keys.dtype)
     alone = jnp.sum(keys.astype(jnp.float32) * w2[None], axis=1)
-    x = _dot(scaled, keys.T)
+    x = dot(scaled, keys.T)
     if shape.joint:
         x += jnp.sum(exact * w1[None], axis=1)[:, None] + alone[None]
     return Unit(w1, w2, w3, x, alone, scaled)
@@ -153,10 +105,10 @@ def _forward_kernel(
     shape: Shape,
 ):
     i, b = pl.program_id(0), pl.program_id(1)
-    q = _load(_candidates(q_ref, b, i, shape))
+    q = load(_candidates(q_ref, b, i, shape))
 
     def of_rows(t, total):
-        keys, values = (_load(_rows(ref, b, t, shape)) for ref in (keys_ref, values_ref))
+        keys, values = (load(_rows(ref, b, t, shape)) for ref in (keys_ref, values_ref))
 
         def of_unit(j, scores):
             unit = _of_unit((w1_ref, w2_ref, w3_ref), q, keys, j, shape)
@@ -164,11 +116,11 @@ def _forward_kernel(
 
         scores = jnp.zeros((shape.block, shape.row_block), jnp.float32)
         scores = jax.lax.fori_loop(0, shape.hidden, of_unit, scores)
-        return total + _dot(scores.astype(values.dtype), values)
+        return total + dot(scores.astype(values.dtype), values)
 
     total = jnp.zeros(q.shape, jnp.float32)
     total = jax.lax.fori_loop(0, shape.row_blocks, of_rows, total)
-    _store(_candidates(result_ref, b, i, shape), total)
+    store(_candidates(result_ref, b, i, shape), total)
 
 
 def _rows_kernel(
@@ -187,30 +139,30 @@ def _rows_kernel(
 ):
     """One block of rows, all candidates."""
     t, b = pl.program_id(0), pl.program_id(1)
-    keys, values = (_load(_rows(ref, b, t, shape)) for ref in (keys_ref, values_ref))
+    keys, values = (load(_rows(ref, b, t, shape)) for ref in (keys_ref, values_ref))
 
     def of_block(i, sums):
         dkeys, dvalues = sums
-        q, gradient = (_load(_candidates(ref, b, i, shape)) for ref in (q_ref, gradient_ref))
-        of_scores = _dot(gradient, values.T)
+        q, gradient = (load(_candidates(ref, b, i, shape)) for ref in (q_ref, gradient_ref))
+        of_scores = dot(gradient, values.T)
 
         def of_unit(j, sums):
             scores, dkeys = sums
             unit, weight = _of_unit((w1_ref, w2_ref, w3_ref), q, keys, j, shape), out_ref[j]
-            of_x = of_scores * _derivative(unit.x, shape.slope)
+            of_x = of_scores * derivative(unit.x, shape.slope)
             of_alone = unit.of_alone(of_scores, of_x, shape)
             dkeys += weight * of_alone[:, None] * unit.w2[None]
-            dkeys += _dot((weight * of_x).astype(q.dtype).T, unit.scaled)
+            dkeys += dot((weight * of_x).astype(q.dtype).T, unit.scaled)
             return scores + weight * unit.activated(shape), dkeys
 
         start = (jnp.zeros(of_scores.shape, jnp.float32), dkeys)
         scores, dkeys = jax.lax.fori_loop(0, shape.hidden, of_unit, start)
-        return dkeys, dvalues + _dot(scores.astype(gradient.dtype).T, gradient)
+        return dkeys, dvalues + dot(scores.astype(gradient.dtype).T, gradient)
 
     start = (jnp.zeros(keys.shape, jnp.float32),) * 2
     dkeys, dvalues = jax.lax.fori_loop(0, shape.candidate_blocks, of_block, start)
-    _store(_rows(dkeys_ref, b, t, shape), dkeys)
-    _store(_rows(dvalues_ref, b, t, shape), dvalues)
+    store(_rows(dkeys_ref, b, t, shape), dkeys)
+    store(_rows(dvalues_ref, b, t, shape), dvalues)
 
 
 class Sums(NamedTuple):
@@ -241,22 +193,22 @@ def _candidates_kernel(
 ):
     """One block of candidates, all rows."""
     i, b = pl.program_id(0), pl.program_id(1)
-    q, gradient = (_load(_candidates(ref, b, i, shape)) for ref in (q_ref, gradient_ref))
+    q, gradient = (load(_candidates(ref, b, i, shape)) for ref in (q_ref, gradient_ref))
     exact = q.astype(jnp.float32)
 
     def of_units(some, dq):
         units = [some * UNITS + n for n in range(UNITS)]
 
         def of_rows(t, sums):
-            keys, values = (_load(_rows(ref, b, t, shape)) for ref in (keys_ref, values_ref))
-            of_scores = _dot(gradient, values.T)
+            keys, values = (load(_rows(ref, b, t, shape)) for ref in (keys_ref, values_ref))
+            of_scores = dot(gradient, values.T)
 
             def added(j, sums):
                 unit = _of_unit((w1_ref, w2_ref, w3_ref), q, keys, j, shape)
-                of_x = of_scores * _derivative(unit.x, shape.slope)
+                of_x = of_scores * derivative(unit.x, shape.slope)
                 of_alone = unit.of_alone(of_scores, of_x, shape)
                 return Sums(
-                    sums.of_scaled + _dot(of_x.astype(keys.dtype), keys),
+                    sums.of_scaled + dot(of_x.astype(keys.dtype), keys),
                     sums.of_query + jnp.sum(of_x, axis=1),
                     sums.of_w2 + jnp.sum(of_alone[:, None] * keys.astype(jnp.float32), axis=0),
                     sums.of_out + jnp.sum(of_scores * unit.activated(shape), axis=1),
@@ -265,26 +217,28 @@ def _candidates_kernel(
             return tuple(added(j, s) for j, s in zip(units, sums, strict=True))
 
         zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-        start = Sums(zeros(q.shape), zeros(shape.block), zeros(shape.columns), zeros(shape.block))
+        start = Sums(
+            zeros(q.shape), zeros(shape.block), zeros(power(shape.width)), zeros(shape.block)
+        )
         sums = jax.lax.fori_loop(0, shape.row_blocks, of_rows, (start,) * UNITS)
         for j, total in zip(units, sums, strict=True):
             at = out_ref.at[j]
             weight = plgpu.load(at, mask=j < shape.hidden, other=0.0)
-            w1, w3 = (_load(_unit(ref, (), j, shape)) for ref in (w1_ref, w3_ref))
+            w1, w3 = (load(_unit(ref, (), j, shape)) for ref in (w1_ref, w3_ref))
             dq += weight * total.of_scaled * w3[None]
-            of_w1 = jnp.zeros(shape.columns, jnp.float32)
+            of_w1 = jnp.zeros(power(shape.width), jnp.float32)
             if shape.joint:
                 dq += weight * total.of_query[:, None] * w1[None]
                 of_w1 = jnp.sum(total.of_query[:, None] * exact, axis=0)
             of_w3 = jnp.sum(total.of_scaled * exact, axis=0)
             for ref, x in ((dw1_ref, of_w1), (dw2_ref, total.of_w2), (dw3_ref, of_w3)):
-                _store(_unit(ref, (b, i), j, shape), weight * x)
+                store(_unit(ref, (b, i), j, shape), weight * x)
             plgpu.store(dout_ref.at[b, i, j], jnp.sum(total.of_out), mask=j < shape.hidden)
         return dq
 
     dq = jnp.zeros(q.shape, jnp.float32)
     dq = jax.lax.fori_loop(0, -(-shape.hidden // UNITS), of_units, dq)
-    _store(_candidates(dq_ref, b, i, shape), dq)
+    store(_candidates(dq_ref, b, i, shape), dq)
 
 
 def _arguments(query, keys, values, weights: Weights, joint: bool, slope: float, blocks: Blocks):
@@ -292,9 +246,9 @@ def _arguments(query, keys, values, weights: Weights, joint: bool, slope: float,
     _, candidates, width = query.shape
     shape = Shape(
         candidates=candidates,
-        block=min(_power(candidates), _power(blocks.candidates)),
+        block=min(power(candidates), power(blocks.candidates)),
         rows=keys.shape[1],
-        row_block=min(_power(keys.shape[1]), _power(blocks.rows)),
+        row_block=min(power(keys.shape[1]), power(blocks.rows)),
         width=width,
         hidden=len(weights.out),
         joint=joint,

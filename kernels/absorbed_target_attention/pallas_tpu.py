@@ -17,7 +17,7 @@ units.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,33 +26,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.absorbed_target_attention.blocks import Blocks
 from kernels.absorbed_target_attention.reference import Weights, leaky_relu
+from kernels.absorbed_target_attention.unit import Shape, derivative
+from kernels.products import dot
 
 MOST_CANDIDATES = 2048  # the backward pass keeps a request's query gradient on chip
 SUBLANES, LANES = 8, 128
-NN = (((1,), (0,)), ((), ()))
-NT = (((1,), (1,)), ((), ()))
-TN = (((0,), (0,)), ((), ()))
-
-
-class Shape(NamedTuple):
-    """What a kernel knows when it is traced."""
-
-    candidates: int  # C
-    block: int  # c
-    rows: int  # K
-    row_block: int  # k
-    width: int  # d
-    hidden: int  # h
-    joint: bool
-    slope: float
-
-    @property
-    def candidate_blocks(self) -> int:
-        return -(-self.candidates // self.block)
-
-    @property
-    def row_blocks(self) -> int:
-        return -(-self.rows // self.row_block)
+NN, NT, TN = (1, 0), (1, 1), (0, 0)  # axes that a product contracts
 
 
 def refusal(candidates: int, dtype: Any) -> str | None:
@@ -64,12 +43,6 @@ def refusal(candidates: int, dtype: Any) -> str | None:
     return None
 
 
-def _dot(x, y, axes):
-    """float32 of two blocks; bfloat16 ones as they are, float32 ones without rounding them."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _inside(block: jax.Array, index: Any, size: int, axis: int) -> jax.Array:
     """Block `index` of an axis; what lies beyond its end is undefined, and set to 0."""
     step = block.shape[axis]
@@ -77,11 +50,6 @@ def _inside(block: jax.Array, index: Any, size: int, axis: int) -> jax.Array:
         return block
     at = index * step + jax.lax.broadcasted_iota(jnp.int32, block.shape, axis)
     return jnp.where(at < size, block, jnp.zeros_like(block))
-
-
-def _derivative(x: jax.Array, slope: float) -> jax.Array:
-    """Of leaky_relu; halfway between the two at 0, as jnp.maximum has it."""
-    return jnp.where(x > 0, 1.0, jnp.where(x < 0, slope, (1 + slope) / 2))
 
 
 def _unit(ref: Any, j: Any) -> jax.Array:
@@ -92,7 +60,7 @@ def _unit(ref: Any, j: Any) -> jax.Array:
 def _product(q, keys, w1_ref, w3_ref, of_keys, j, shape: Shape):
     """x_j without w2 in the split form, and q * w3_j: [c, k] and [c, d]. q is float32."""
     scaled = (q * _unit(w3_ref, j)).astype(keys.dtype)
-    x = _dot(scaled, keys, NN)
+    x = dot(scaled, keys, NN)
     if shape.joint:
         x += jnp.sum(q * _unit(w1_ref, j), axis=1, keepdims=True) + _unit(of_keys, j)
     return x, scaled
@@ -120,7 +88,7 @@ def _forward_kernel(
 
     keys, values = (_inside(x[...], t, shape.rows, 1) for x in (keys_ref, values_ref))
     q = q_ref[...].astype(jnp.float32)
-    of_keys[...] = _dot(w2_ref[...], keys.astype(jnp.float32), NN)
+    of_keys[...] = dot(w2_ref[...], keys.astype(jnp.float32), NN)
 
     def unit(j, scores):
         x, _ = _product(q, keys, w1_ref, w3_ref, of_keys, j, shape)
@@ -131,7 +99,7 @@ def _forward_kernel(
 
     scores = jnp.zeros((shape.block, shape.row_block), jnp.float32)
     scores = jax.lax.fori_loop(0, shape.hidden, unit, scores)
-    total[...] += _dot(scores.astype(values.dtype), values, NT)
+    total[...] += dot(scores.astype(values.dtype), values, NT)
     result_ref[...] = total[...].astype(result_ref.dtype)
 
 
@@ -178,14 +146,14 @@ def _backward_kernel(
     keys, values = (_inside(x[...], t, shape.rows, 1) for x in (keys_ref, values_ref))
     q, gradient = (_inside(x[...], i, shape.candidates, 0) for x in (q_ref, gradient_ref))
     q = q.astype(jnp.float32)
-    of_keys[...] = _dot(w2_ref[...], keys.astype(jnp.float32), NN)
-    of_scores = _dot(gradient, values, NN)  # [c, k]
+    of_keys[...] = dot(w2_ref[...], keys.astype(jnp.float32), NN)
+    of_scores = dot(gradient, values, NN)  # [c, k]
 
     def unit(j, sums):
         scores, dq, dkeys = sums
         weight = out_ref[0, j]
         x, scaled = _product(q, keys, w1_ref, w3_ref, of_keys, j, shape)
-        activated, of_x = leaky_relu(x, shape.slope), of_scores * _derivative(x, shape.slope)
+        activated, of_x = leaky_relu(x, shape.slope), of_scores * derivative(x, shape.slope)
         if shape.joint:
             of_rows[pl.ds(j, 1), :] = weight * jnp.sum(of_x, axis=0, keepdims=True)
             of_query = weight * jnp.sum(of_x, axis=1, keepdims=True)
@@ -194,22 +162,22 @@ def _backward_kernel(
         else:
             alone = _unit(of_keys, j)
             activated += leaky_relu(alone, shape.slope)
-            of_alone = jnp.sum(of_scores, axis=0, keepdims=True) * _derivative(alone, shape.slope)
+            of_alone = jnp.sum(of_scores, axis=0, keepdims=True) * derivative(alone, shape.slope)
             of_rows[pl.ds(j, 1), :] = weight * of_alone
         dout_ref[pl.ds(j, 1), :] += jnp.sum(of_scores * activated, axis=0, keepdims=True)
         of_x = (weight * of_x).astype(keys.dtype)
-        of_scaled = _dot(of_x, keys, NT)  # [c, d]
+        of_scaled = dot(of_x, keys, NT)  # [c, d]
         dq += of_scaled * _unit(w3_ref, j)
         dw3_ref[pl.ds(j, 1), :] += jnp.sum(of_scaled * q, axis=0, keepdims=True)
-        return scores + weight * activated, dq, dkeys + _dot(scaled, of_x, TN)
+        return scores + weight * activated, dq, dkeys + dot(scaled, of_x, TN)
 
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     start = (zeros(of_scores.shape), zeros(q.shape), zeros(keys.shape))
     scores, dq, dkeys = jax.lax.fori_loop(0, shape.hidden, unit, start)
     q_sum[i] += dq
-    keys_sum[...] += dkeys + _dot(w2_ref[...], of_rows[...], TN)
-    values_sum[...] += _dot(gradient, scores.astype(gradient.dtype), TN)
-    dw2_ref[...] += _dot(of_rows[...], keys.astype(jnp.float32), NT)
+    keys_sum[...] += dkeys + dot(w2_ref[...], of_rows[...], TN)
+    values_sum[...] += dot(gradient, scores.astype(gradient.dtype), TN)
+    dw2_ref[...] += dot(of_rows[...], keys.astype(jnp.float32), NT)
 
     @pl.when(i == shape.candidate_blocks - 1)
     def _():

@@ -2,7 +2,7 @@
 
 from kernels.evo_attention.api import behaviour_branches, candidate_branches
 from kernels.evo_attention.arguments import NEVER, Band, Prefix, Recent
-from kernels.evo_attention.rel_temporal import RelTemporal
+from kernels.evo_attention.rel_temporal import RelTemporal, floor_log2
 from kernels.evo_attention.tiles import SAVED
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "RelTemporal",
     "behaviour_branches",
     "candidate_branches",
+    "floor_log2",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from kernels.evo_attention.rel_temporal import RelTemporal
 
@@ -66,8 +65,3 @@ class Static(NamedTuple):
 
 def scale_of(q: jax.Array, spec: Static) -> float:
     return q.shape[-1] ** -0.5 if spec.scale is None else spec.scale
-
-
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """float32 for float32 and narrower, float64 for float64: what logits and sums use."""
-    return jnp.promote_types(dtype, jnp.float32)

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 
 from kernels.evo_attention.slots import CLOCK, FLAG, POSITION
 from kernels.evo_attention.tiles import EMPTY, HIDDEN
+from kernels.products import dot
 
 DOT = 16  # the shortest side of a product that Triton takes
 
@@ -66,31 +67,25 @@ def _sum(x: Rows) -> Rows:
     return _map(lambda a: jnp.sum(a, 0), x)
 
 
-def _dot(a, b, contract):
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
-
-
 def _product(a: Rows, b: Rows):
     """[T, S]: rows of a with rows of b."""
     if isinstance(a, list):
         return sum(x[:, None] * y[None, :] for x, y in zip(_float(a), _float(b), strict=True))
-    return _dot(a, b, (1, 1))
+    return dot(a, b, (1, 1))
 
 
 def _over_second(weights, b: Rows) -> Rows:
     """Weights [T, S] and S rows -> T rows."""
     if isinstance(b, list):
         return [jnp.sum(weights * y[None, :], 1) for y in _float(b)]
-    return _dot(weights.astype(b.dtype), b, (1, 0))
+    return dot(weights.astype(b.dtype), b, (1, 0))
 
 
 def _over_first(weights, a: Rows) -> Rows:
     """Weights [T, S] and T rows -> S rows."""
     if isinstance(a, list):
         return [jnp.sum(weights * x[:, None], 0) for x in _float(a)]
-    return _dot(weights.astype(a.dtype), a, (0, 0))
+    return dot(weights.astype(a.dtype), a, (0, 0))
 
 
 class _Tile:

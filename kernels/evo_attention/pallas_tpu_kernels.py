@@ -20,15 +20,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.evo_attention.slots import CLOCK, FLAG, POSITION
 from kernels.evo_attention.tiles import EMPTY, HIDDEN
+from kernels.products import dot
 
 LANES = 128
-
-
-def _dot(a, b, contract=(1, 0)):
-    """A product of two matrices over axes `contract`, in float32; float32 operands exactly."""
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
 def _head_of(rows: int, heads: int, axis: int):
@@ -116,9 +110,9 @@ def forward_kernel(plan, heads, *refs):
         )
         of_heads, of_rows = _head_of(rows, heads, 0), _head_of(rows, heads, 1)
         user = plan.groups[-1][0]
-        logits = [_dot(of_heads, q * slot_k[:, user : user + 1])]
+        logits = [dot(of_heads, q * slot_k[:, user : user + 1])]
         logits += [
-            _dot(of_heads, q * band.behind(k_halo, k, s)) + band.bias[s] for s in range(plan.window)
+            dot(of_heads, q * band.behind(k_halo, k, s)) + band.bias[s] for s in range(plan.window)
         ]
         peak = functools.reduce(jnp.maximum, logits)
         weights = [jnp.exp(x - peak) for x in logits]
@@ -126,7 +120,7 @@ def forward_kernel(plan, heads, *refs):
         log_total_ref[len(plan.groups) - 1] = peak + jnp.log(total)
         user_weights = weights[0] / total
         local = sum(
-            _dot(of_rows, weights[s + 1] / total) * band.behind(v_halo, v, s)
+            dot(of_rows, weights[s + 1] / total) * band.behind(v_halo, v, s)
             for s in range(plan.window)
         )
 
@@ -134,7 +128,7 @@ def forward_kernel(plan, heads, *refs):
     outs, log_totals = [[] for _ in plan.groups], [[] for _ in soft]
     for h in range(heads):
         own = slice(h * width, (h + 1) * width)
-        logits = _dot(slot_k[own].astype(dtype), q[own].astype(dtype), (0, 0)) + hidden
+        logits = dot(slot_k[own].astype(dtype), q[own].astype(dtype), (0, 0)) + hidden
         for part, term in zip(plan.rel.parts, terms, strict=True):
             logits = logits - slopes[h : h + 1, part : part + 1] * term
         weights = []
@@ -149,7 +143,7 @@ def forward_kernel(plan, heads, *refs):
         if plan.has_band:
             weights.append(_first_row(user_weights[h : h + 1]))
         values = _stacked_values(plan, slot_v[own]).astype(dtype)
-        out = _dot(values, jnp.concatenate(weights, 0).astype(dtype))
+        out = dot(values, jnp.concatenate(weights, 0).astype(dtype))
         for branch in range(len(plan.groups)):
             outs[branch].append(out[branch * width : (branch + 1) * width])
     for branch, x in enumerate(log_totals):
@@ -200,23 +194,23 @@ def backward_kernel(plan, heads, *refs):
         )
         of_heads, of_rows = _head_of(rows, heads, 0), _head_of(rows, heads, 1)
         user, do, log_total = plan.groups[-1][0], d_out[-1], log_total_ref[branches - 1]
-        user_weights = jnp.exp(_dot(of_heads, q * slot_k[:, user : user + 1]) - log_total)
-        user_product = _dot(of_heads, do * slot_v[:, user : user + 1])
+        user_weights = jnp.exp(dot(of_heads, q * slot_k[:, user : user + 1]) - log_total)
+        user_product = dot(of_heads, do * slot_v[:, user : user + 1])
         weights, products = [], []
         for s in range(plan.window):
-            logits = _dot(of_heads, q * band.behind(k_halo, k, s)) + band.bias[s]
+            logits = dot(of_heads, q * band.behind(k_halo, k, s)) + band.bias[s]
             weights.append(jnp.exp(logits - log_total))
-            products.append(_dot(of_heads, do * band.behind(v_halo, v, s)))
+            products.append(dot(of_heads, do * band.behind(v_halo, v, s)))
         mean = user_weights * user_product
         mean = mean + sum(x * y for x, y in zip(weights, products, strict=True))
         user_d_logits = user_weights * (user_product - mean)
         dq, dk, dv = jnp.zeros_like(q), 0.0, 0.0
         for s in range(plan.window):
             d_logits = weights[s] * (products[s] - mean)
-            wide = _dot(of_rows, d_logits)
+            wide = dot(of_rows, d_logits)
             dq = dq + wide * band.behind(k_halo, k, s)
             dk = dk + band.ahead(wide * q, s)
-            dv = dv + band.ahead(_dot(of_rows, weights[s]) * do, s)
+            dv = dv + band.ahead(dot(of_rows, weights[s]) * do, s)
             d_slopes = [
                 d + d_logits * term[s : s + 1] for d, term in zip(d_slopes, band.terms, strict=True)
             ]
@@ -244,10 +238,10 @@ def backward_kernel(plan, heads, *refs):
         q_own, k_own = q[own].astype(dtype), slot_k[own].astype(dtype)
         do = jnp.concatenate([d[own] for d in d_out], 0).astype(dtype)  # [branches K, T]
         values = _stacked_values(plan, slot_v[own]).astype(dtype)
-        logits = _dot(k_own, q_own, (0, 0)) + hidden
+        logits = dot(k_own, q_own, (0, 0)) + hidden
         for part, term in zip(plan.rel.parts, terms, strict=True):
             logits = logits - slopes[h : h + 1, part : part + 1] * term
-        products = _dot(values, do, (0, 0))
+        products = dot(values, do, (0, 0))
         weights, d_logits = [], []
         for branch, (a, b) in enumerate(soft):
             x = jnp.exp(logits[a:b] - log_total_ref[branch, h : h + 1])
@@ -261,9 +255,9 @@ def backward_kernel(plan, heads, *refs):
         for row, term in zip(slope_rows, terms, strict=True):
             row.append(jnp.sum(d_logits * term, 0, keepdims=True))
         weights, d_logits = weights.astype(dtype), d_logits.astype(dtype)
-        dq_rows.append(_dot(k_own, d_logits))
-        dk_rows.append(_dot(q_own, d_logits, (1, 1)))
-        dv_stacked = _dot(do, weights, (1, 1))  # [branches K, S]
+        dq_rows.append(dot(k_own, d_logits))
+        dk_rows.append(dot(q_own, d_logits, (1, 1)))
+        dv_stacked = dot(do, weights, (1, 1))  # [branches K, S]
         lane = jax.lax.broadcasted_iota(jnp.int32, (width, dv_stacked.shape[1]), 1)
         dv_rows.append(
             sum(

@@ -10,11 +10,11 @@ Axis letters: B requests, C candidates, L history, S slots, R recent behaviours,
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
-from kernels.evo_attention.arguments import NEVER, Static, accumulation_dtype, scale_of
+from kernels.evo_attention.arguments import NEVER, Static, scale_of
 from kernels.evo_attention.tiles import tiled_branches
+from kernels.softmax import accumulation_dtype, masked_softmax
 
 
 def behaviour_branches(spec: Static, q, prefixes, band, slopes, times, mask):
@@ -49,16 +49,6 @@ def _attend(spec, q, k, v, time, visible, slopes, request_time):
     for part, term in zip(spec.rel.parts, terms, strict=True):
         bias = slopes[part].astype(dtype)[:, None] * jnp.pad(term, ((0, 0), (user, 0)))[:, None]
         logits = logits - bias[:, :, None]
-    weights = _softmax(logits, visible[:, None, None])
+    weights = masked_softmax(logits, visible[:, None, None])
     # Not rounded, so that neither are their gradients: the slopes' are sums that nearly cancel.
     return jnp.einsum("bhcs,bshk->bchk", weights, v.astype(dtype)).astype(v.dtype)
-
-
-def _softmax(logits, mask):
-    """Over the last axis, where `mask`; an empty set gives 0, and finite gradients."""
-    logits = jnp.where(mask, logits, -jnp.inf)
-    peak = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
-    # exp(-inf - 0) = 0 with gradient 0: a fully masked row has peak -inf and would give NaN.
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0))
-    total = jnp.sum(weights, -1, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1)

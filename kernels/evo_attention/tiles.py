@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.dispatch import platform
-from kernels.evo_attention.arguments import Band, Prefix, accumulation_dtype, scale_of
+from kernels.evo_attention.arguments import Band, Prefix, scale_of
 from kernels.evo_attention.layout import (
     Tiling,
     choose_tiling,
@@ -38,6 +38,7 @@ from kernels.evo_attention.layout import (
     unlong,
 )
 from kernels.evo_attention.rel_temporal import split
+from kernels.softmax import accumulation_dtype
 
 SAVED = "evo_branches"  # jax.checkpoint name of the outputs and their normalisers
 HIDDEN = -1e30  # a logit that is not visible; EMPTY is larger: no visible logit is below it

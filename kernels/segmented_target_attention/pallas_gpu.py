@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.products import dot
 from kernels.segmented_target_attention.blocks import Blocks
-
-LEAST = 16  # of every side of a product
+from kernels.triton import load, power, store
 
 
 class Shape(NamedTuple):
@@ -56,23 +56,13 @@ def refusal(candidates: int, dtype: Any) -> str | None:
     return None
 
 
-def _dot(x, y):
-    """float32 of two blocks; float32 ones without rounding them to TF32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _power(n: int) -> int:
-    return max(LEAST, pl.next_power_of_2(n))
-
-
 def _block(ref, before, first, count: int, last, after, width: int):
     """Rows first ... first + count of ref[*before, :, *after, :width]: [count, padded width].
 
     Returns the part of the ref, and which of its numbers exist: rows before `last`.
     """
     rows = first + jnp.arange(count)[:, None]
-    columns = jnp.arange(_power(width))[None]
+    columns = jnp.arange(power(width))[None]
     return ref.at[(*before, rows, *after, columns)], (rows < last) & (columns < width)
 
 
@@ -88,16 +78,6 @@ def _rows(ref, b, s, part, h, shape: Shape, width: int):
     return _block(ref, (b,), start + part * shape.rows, shape.rows, last, (h,), width)
 
 
-def _load(where) -> jax.Array:
-    at, exists = where
-    return plgpu.load(at, mask=exists, other=0.0)
-
-
-def _store(where, block) -> None:
-    at, exists = where
-    plgpu.store(at, block.astype(at.dtype), mask=exists)
-
-
 def _visible(mask_ref, b, s, part, shape: Shape) -> jax.Array:
     """[l]."""
     row = part * shape.rows + jnp.arange(shape.rows)
@@ -107,7 +87,7 @@ def _visible(mask_ref, b, s, part, shape: Shape) -> jax.Array:
 
 def _sigmoid(q, k, bias, shape: Shape) -> jax.Array:
     """q [c, Kq], k [l, Kq] -> [c, l]."""
-    return jax.nn.sigmoid(_dot(q, k.T) * shape.key_width**-0.5 + bias)
+    return jax.nn.sigmoid(dot(q, k.T) * shape.key_width**-0.5 + bias)
 
 
 def _forward_kernel(
@@ -123,25 +103,25 @@ def _forward_kernel(
     s, i = pl.program_id(0) // shape.candidate_blocks, pl.program_id(0) % shape.candidate_blocks
     h, b = pl.program_id(1), pl.program_id(2)
     of_value = h if shape.value_heads > 1 else jnp.int32(0)
-    q, bias = _load(_candidates(q_ref, b, i, (h,), shape, shape.key_width)), bias_ref[h]
+    q, bias = load(_candidates(q_ref, b, i, (h,), shape, shape.key_width)), bias_ref[h]
 
     def of_part(part, sums):
-        k = _load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
-        v = _load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
+        k = load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
+        v = load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
         visible = _visible(mask_ref, b, s, part, shape)
         gates = jnp.where(visible[None], _sigmoid(q, k, bias, shape), 0.0)
-        return sums + _dot(gates.astype(v.dtype), v)
+        return sums + dot(gates.astype(v.dtype), v)
 
-    sums = jnp.zeros((shape.block, _power(shape.value_width)), jnp.float32)
+    sums = jnp.zeros((shape.block, power(shape.value_width)), jnp.float32)
     sums = jax.lax.fori_loop(0, shape.parts, of_part, sums)
-    _store(_candidates(z_ref, b, i, (s, h), shape, shape.value_width), sums)
+    store(_candidates(z_ref, b, i, (s, h), shape, shape.value_width), sums)
 
 
 def _of_logits(q, k, v, dz, bias, visible, shape: Shape):
     """The gates, and the gradient of the logits without their 1 / sqrt(Kq): both [c, l]."""
     sigmoid = _sigmoid(q, k, bias, shape)
     gates = jnp.where(visible[None], sigmoid, 0.0)
-    return gates, _dot(dz, v.T) * gates * (1 - sigmoid)
+    return gates, dot(dz, v.T) * gates * (1 - sigmoid)
 
 
 def _rows_kernel(
@@ -159,27 +139,27 @@ def _rows_kernel(
     """One block of rows, the heads that share its values, all candidates."""
     s, part = pl.program_id(0) // shape.parts, pl.program_id(0) % shape.parts
     of_value, b = pl.program_id(1), pl.program_id(2)
-    v = _load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
+    v = load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
     visible = _visible(mask_ref, b, s, part, shape)
     dv = jnp.zeros(v.shape, jnp.float32)
     sharing = shape.heads // shape.value_heads
     for offset in range(sharing):
         h = of_value * sharing + offset
-        k = _load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
+        k = load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
         bias = bias_ref[h]
 
         def of_block(i, sums, k=k, h=h, bias=bias):
             dk, dv = sums
-            q = _load(_candidates(q_ref, b, i, (h,), shape, shape.key_width))
-            dz = _load(_candidates(dz_ref, b, i, (s, h), shape, shape.value_width))
+            q = load(_candidates(q_ref, b, i, (h,), shape, shape.key_width))
+            dz = load(_candidates(dz_ref, b, i, (s, h), shape, shape.value_width))
             gates, of_logits = _of_logits(q, k, v, dz, bias, visible, shape)
             of_logits = (of_logits * shape.key_width**-0.5).astype(q.dtype)
-            return dk + _dot(of_logits.T, q), dv + _dot(gates.astype(dz.dtype).T, dz)
+            return dk + dot(of_logits.T, q), dv + dot(gates.astype(dz.dtype).T, dz)
 
         start = (jnp.zeros(k.shape, jnp.float32), dv)
         dk, dv = jax.lax.fori_loop(0, shape.candidate_blocks, of_block, start)
-        _store(_rows(dk_ref, b, s, part, h, shape, shape.key_width), dk)
-    _store(_rows(dv_ref, b, s, part, of_value, shape, shape.value_width), dv)
+        store(_rows(dk_ref, b, s, part, h, shape, shape.key_width), dk)
+    store(_rows(dv_ref, b, s, part, of_value, shape, shape.value_width), dv)
 
 
 def _candidates_kernel(
@@ -197,26 +177,26 @@ def _candidates_kernel(
     """One block of candidates, one head, all rows."""
     i, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     of_value = h if shape.value_heads > 1 else jnp.int32(0)
-    q, bias = _load(_candidates(q_ref, b, i, (h,), shape, shape.key_width)), bias_ref[h]
+    q, bias = load(_candidates(q_ref, b, i, (h,), shape, shape.key_width)), bias_ref[h]
 
     def of_segment(s, sums):
-        dz = _load(_candidates(dz_ref, b, i, (s, h), shape, shape.value_width))
+        dz = load(_candidates(dz_ref, b, i, (s, h), shape, shape.value_width))
 
         def of_part(part, sums):
             dq, dbias = sums
-            k = _load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
-            v = _load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
+            k = load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
+            v = load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
             visible = _visible(mask_ref, b, s, part, shape)
             _, of_logits = _of_logits(q, k, v, dz, bias, visible, shape)
             dbias += jnp.sum(of_logits, axis=1)
             of_logits = (of_logits * shape.key_width**-0.5).astype(k.dtype)
-            return dq + _dot(of_logits, k), dbias
+            return dq + dot(of_logits, k), dbias
 
         return jax.lax.fori_loop(0, shape.parts, of_part, sums)
 
     start = (jnp.zeros(q.shape, jnp.float32), jnp.zeros((shape.block,), jnp.float32))
     dq, dbias = jax.lax.fori_loop(0, shape.segments, of_segment, start)
-    _store(_candidates(dq_ref, b, i, (h,), shape, shape.key_width), dq)
+    store(_candidates(dq_ref, b, i, (h,), shape, shape.key_width), dq)
     row = i * shape.block + jnp.arange(shape.block)
     plgpu.store(dbias_ref.at[b, row, h], dbias, mask=row < shape.candidates)
 
@@ -226,10 +206,10 @@ def _shape(q, v, segment: int, blocks: Blocks) -> Shape:
     length, value_heads, value_width = v.shape[1:]
     return Shape(
         candidates=candidates,
-        block=min(_power(candidates), _power(blocks.candidates)),
+        block=min(power(candidates), power(blocks.candidates)),
         segment=segment,
         segments=length // segment,
-        rows=min(_power(segment), _power(blocks.rows)),
+        rows=min(power(segment), power(blocks.rows)),
         heads=heads,
         value_heads=value_heads,
         key_width=key_width,

@@ -23,12 +23,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.products import dot
 from kernels.segmented_target_attention.blocks import SUBLANES, Blocks, Tiling, tiling
 
 MOST_CANDIDATES = 2048  # the backward pass keeps a request's query gradient on chip
-NT = (((1,), (1,)), ((), ()))
-NN = (((1,), (0,)), ((), ()))
-TN = (((0,), (0,)), ((), ()))
+NN, NT, TN = (1, 0), (1, 1), (0, 0)  # axes that a product contracts
 
 
 class Shape(NamedTuple):
@@ -67,12 +66,6 @@ def refusal(candidates: int, dtype: Any) -> str | None:
     return None
 
 
-def _dot(x, y, axes):
-    """float32 of two blocks; bfloat16 ones as they are, float32 ones without rounding them."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _inside(block: jax.Array, first: Any, size: int, step: int) -> jax.Array:
     """The block with rows beyond the array's end set to 0: they are undefined there."""
     if size % step == 0:
@@ -92,7 +85,7 @@ def _of_segment(s: Any, gates: jax.Array, shape: Shape) -> jax.Array:
 
 def _sigmoid(q, k, bias):
     """q [c, Kq], k [l, Kq] -> [c, l]."""
-    return jax.nn.sigmoid(_dot(q, k, NT) * q.shape[-1] ** -0.5 + bias)
+    return jax.nn.sigmoid(dot(q, k, NT) * q.shape[-1] ** -0.5 + bias)
 
 
 def _forward_kernel(
@@ -120,7 +113,7 @@ def _forward_kernel(
 
         def of_segment(s, _, gates=gates, values=values, of_sum=of_sum):
             part = _of_segment(s, gates, shape).astype(values.dtype)
-            sums_ref[s, :, of_sum] += _dot(part, values, NN)
+            sums_ref[s, :, of_sum] += dot(part, values, NN)
 
         jax.lax.fori_loop(0, rows.segments, of_segment, None)
     z_ref[...] = sums_ref[...].astype(z_ref.dtype)
@@ -175,15 +168,15 @@ def _backward_kernel(
             if rows.whole and shape.segments % rows.segments:
                 dz = jnp.where(t * rows.segments + s < shape.segments, dz, jnp.zeros_like(dz))
             part = _of_segment(s, gates, shape).astype(dz.dtype)
-            v_sum[:, of_value] += _dot(part, dz, TN)
-            return of_gates + _of_segment(s, _dot(dz, v[:, of_value], NT), shape)
+            v_sum[:, of_value] += dot(part, dz, TN)
+            return of_gates + _of_segment(s, dot(dz, v[:, of_value], NT), shape)
 
         of_gates = jax.lax.fori_loop(0, rows.segments, of_segment, jnp.zeros_like(gates))
         of_logits = of_gates * gates * (1 - sigmoid)
         bias_sum[i, :, h : h + 1] += jnp.sum(of_logits, axis=1, keepdims=True)
         of_logits = (of_logits * shape.key_width**-0.5).astype(q.dtype)
-        q_sum[i, :, of_key] += _dot(of_logits, k[:, of_key], NN)
-        k_sum[:, of_key] += _dot(of_logits, q[:, of_key], TN)
+        q_sum[i, :, of_key] += dot(of_logits, k[:, of_key], NN)
+        k_sum[:, of_key] += dot(of_logits, q[:, of_key], TN)
 
     @pl.when(i == shape.candidate_blocks - 1)
     def _():

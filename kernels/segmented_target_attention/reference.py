@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
+from kernels.softmax import masked_softmax
 
 TILE_BYTES = {"cpu": 4 << 20}  # what a CPU's caches like; elsewhere what memory allows
 LARGE_TILE_BYTES = 64 << 20
@@ -77,8 +78,4 @@ def _weights(logits: jax.Array, mask: jax.Array, activation: str) -> jax.Array:
     """Of [..., w] logits; 0 where masked, and everywhere in a segment without behaviours."""
     if activation == "sigmoid":
         return jnp.where(mask, jax.nn.sigmoid(logits), 0)
-    top = jnp.max(logits, axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
-    exp = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top, 0)), 0)
-    total = exp.sum(-1, keepdims=True)
-    return exp / jnp.where(total > 0, total, 1)
+    return masked_softmax(logits, mask)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ctr_jax.head import MLPHead, base_rate_logit
-from ctr_jax.layers import MLP, RMSNorm, SwiGLU, masked_softmax, token_dot_general
+from ctr_jax.layers import MLP, RMSNorm, SwiGLU, token_dot_general
+from kernels.softmax import masked_softmax
 
 X = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from baselines_jax import din_long
 from ctr_jax.long_short import NormalisedHead
 from lrea_jax import low_rank, model
-from tests.ctr_jax.test_target_attention import arrays
+from tests.kernels.cases import sizes
 from tests.lrea_jax import reference
 from tests.lrea_jax.cases import QUICK, SPEC, B, C, applied, built, changed, double, small
 
@@ -160,7 +160,7 @@ def test_training_makes_no_array_over_the_history_and_hidden_units(path):
     def loss(params):
         return module.apply({**variables, "params": params}, embedded, False)[0].sum()
 
-    largest = max(arrays(jax.make_jaxpr(jax.grad(loss))(variables["params"]).jaxpr))
+    largest = max(sizes(jax.make_jaxpr(jax.grad(loss))(variables["params"]).jaxpr))
     assert largest < B * C * length * hidden / 10
 
 

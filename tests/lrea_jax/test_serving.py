@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lrea_jax.cache_store import CacheFull, CacheStore
 from lrea_jax.serving import ServedModel, StaleCache, long_interest, name_of, precompute, score
-from tests.ctr_jax.test_target_attention import arrays
+from tests.kernels.cases import sizes
 from tests.lrea_jax import reference
 from tests.lrea_jax.cases import B, C, applied, batch_of, built, changed, double, small
 
@@ -100,20 +100,20 @@ def test_the_long_branch_alone(served):
 def test_scoring_does_not_see_the_history_s_length(served):
     """The same arrays are made for L = 12 and L = 400, and none is C x r x h."""
     candidates, rank, hidden = 64, 4, 5
-    sizes = []
+    seen = []
     for length in (12, 400):
         module, variables, _, columns = built(small(long_length=length - 3, hidden=hidden))
         model = ServedModel(module, variables, "w")
         history = batch_of(columns, length=length, lengths=(length,))
         request = batch_of(columns, length=0, lengths=(0,), candidates=candidates)
         cache = jax.eval_shape(lambda h, m=model: precompute(m, h), history)
-        sizes.append([x.shape for x in jax.tree.leaves(cache)])
+        seen.append([x.shape for x in jax.tree.leaves(cache)])
         jaxpr = jax.make_jaxpr(lambda c, r, m=model: score(m, c, r))(cache, request)
-        sizes.append(sorted(arrays(jaxpr.jaxpr)))
-    assert sizes[0] == sizes[2] and sizes[1] == sizes[3]
+        seen.append(sorted(sizes(jaxpr.jaxpr)))
+    assert seen[0] == seen[2] and seen[1] == seen[3]
     query = jax.ShapeDtypeStruct((1, candidates, 4), np.float32)
     attention = jax.make_jaxpr(lambda c, q: long_interest(model, c, q))(cache, query)
-    assert max(arrays(attention.jaxpr)) <= candidates * rank < candidates * rank * hidden
+    assert max(sizes(attention.jaxpr)) <= candidates * rank < candidates * rank * hidden
 
 
 def test_caches_of_other_weights_are_refused(served):

@@ -1,14 +1,19 @@
-"""The scoring unit at any rank: both forms, both implementations, against loops in float64."""
+"""The scoring unit at any rank: both forms, both tilings, against loops in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctr_jax import target_attention
-from ctr_jax.target_attention import Memory, Weights, attend
+from kernels.absorbed_target_attention import (
+    FORMS,
+    TILINGS,
+    Memory,
+    Weights,
+    absorbed_target_attention,
+)
+from tests.kernels.cases import QUICK, sizes
 from tests.lrea_jax import reference
-from tests.lrea_jax.cases import QUICK
 
 # (B, C, K, d, h, tile bytes in float32 numbers): one tile; ragged tiles of rows; of candidates too;
 # tiles rounded up to 16; a single row.
@@ -45,14 +50,14 @@ def expected(query, memory, weights, form, slope):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("implementation", target_attention.IMPLEMENTATIONS)
-@pytest.mark.parametrize("form", target_attention.FORMS)
-def test_equals_the_loops_whatever_the_tiles(form, implementation):
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_the_loops_whatever_the_tiles(form, tiling):
     for shape in SHAPES:
         query, memory, weights = draw(shape)
         run = jax.jit(
-            lambda *a, size=shape[-1]: attend(
-                *a, form=form, slope=0.2, implementation=implementation, tile_bytes=4 * size
+            lambda *a, size=shape[-1]: absorbed_target_attention(
+                *a, form=form, slope=0.2, tiling=tiling, tile_bytes=4 * size
             ),
             compiler_options=QUICK,
         )
@@ -60,9 +65,9 @@ def test_equals_the_loops_whatever_the_tiles(form, implementation):
         np.testing.assert_allclose(run(query, memory, weights), want, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("implementation", target_attention.IMPLEMENTATIONS)
-@pytest.mark.parametrize("form", target_attention.FORMS)
-def test_gradients_equal_finite_differences_in_float64(form, implementation):
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_equal_finite_differences_in_float64(form, tiling):
     with jax.enable_x64(True):
         arguments = draw(SHAPES[1], np.float64)
         direction = draw(SHAPES[1], np.float64, seed=1)
@@ -70,7 +75,7 @@ def test_gradients_equal_finite_differences_in_float64(form, implementation):
 
         def total(arguments):
             size = 8 * SHAPES[1][-1]
-            out = attend(*arguments, form=form, implementation=implementation, tile_bytes=size)
+            out = absorbed_target_attention(*arguments, form=form, tiling=tiling, tile_bytes=size)
             return jnp.sum(out * weigh)
 
         slope = sum(
@@ -93,35 +98,24 @@ def test_gradients_equal_finite_differences_in_float64(form, implementation):
 
 def test_no_rows_give_zero_and_bad_switches_are_refused():
     query, memory, weights = draw((2, 3, 0, 4, 5, 0))
-    assert not np.asarray(attend(query, memory, weights, form="split")).any()
-    for switch in ({"form": "both"}, {"implementation": "pallas"}):
+    assert not np.asarray(absorbed_target_attention(query, memory, weights, form="split")).any()
+    for switch in ({"form": "both"}, {"tiling": "pallas"}):
         with pytest.raises(ValueError, match="must be one of"):
-            attend(query, memory, weights, **switch)
+            absorbed_target_attention(query, memory, weights, **switch)
 
 
-def arrays(jaxpr):
-    """Sizes of all arrays that a jaxpr makes, loops and calls included."""
-    for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from arrays(inner)
-
-
-@pytest.mark.parametrize("form", target_attention.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_no_array_over_candidates_rows_and_hidden_units(form):
     b, c, k, d, h = 8, 2, 300, 4, 64
     query, memory, weights = draw((b, c, k, d, h, 0))
 
-    def run(implementation):
-        options = dict(form=form, implementation=implementation, tile_bytes=b * c * h * 4 * 10)
-        return lambda *a: attend(*a, **options).sum()
+    def run(tiling):
+        options = dict(form=form, tiling=tiling, tile_bytes=b * c * h * 4 * 10)
+        return lambda *a: absorbed_target_attention(*a, **options).sum()
 
     grad = jax.make_jaxpr(jax.grad(run("keys"), (0, 1, 2)))(query, memory, weights)
-    assert max(arrays(grad.jaxpr)) <= 10 * b * c * h + b * k * d + b * k * c
+    assert max(sizes(grad.jaxpr)) <= 10 * b * c * h + b * k * d + b * k * c
     b, c, k = 1, 500, 64
     query, memory, weights = draw((b, c, k, d, h, 0))
     forward = jax.make_jaxpr(run("hidden"))(query, memory, weights)
-    assert max(arrays(forward.jaxpr)) <= c * k
+    assert max(sizes(forward.jaxpr)) <= c * k
