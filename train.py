@@ -2,9 +2,11 @@
 
     python train.py --config=configs/sparsectr_alibaba.py[:variant] [--workdir=DIR]
     python train.py --config=configs/sparsectr_alibaba.py[:variant] --describe
+    python train.py --config=configs/sparsectr_alibaba.py[:variant] --plan=v5e:4x4
 
-The second trains nothing: it prints parameters, operations and memory. Any field can be
-overridden, as in --config.model.num_chunks=32. The same config and workdir resume by themselves.
+The others train nothing: --describe prints parameters, operations and memory of the model, --plan
+what the whole step needs on devices that need not be here. Any field can be overridden, as in
+--config.model.num_chunks=32. The same config and workdir resume by themselves.
 """
 
 import os
@@ -20,6 +22,10 @@ CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", min(os.cpu_count() or 1, 8), "On a CPU: devices to split the batch over."
 )
 DESCRIBE = flags.DEFINE_bool("describe", False, "Print what the model costs, and stop.")
+PLAN = flags.DEFINE_string(
+    "plan", None, "Compile the train step for a TPU slice (v5e:4x4), cpu:8 or auto, and stop."
+)
+ROWS = flags.DEFINE_list("rows", [], "With --plan: rows of vocabularies, as user_id=100000000.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics, plots (runs/<config name>).")
 
 
@@ -29,10 +35,14 @@ def main(argv):
     from ctr_jax.checkpoints import ConfigMismatch
     from ctr_jax.data.errors import DataError
     from ctr_jax.describe import describe
+    from ctr_jax.planner import CannotPlan, parse_rows, plan
     from ctr_jax.training import NonFiniteLoss, train
     from ctr_jax.writers import quiet_checkpoint_logs
 
-    jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)  # only CPU backends read it
+    devices = CPU_DEVICES.value
+    if PLAN.value and PLAN.value.startswith("cpu:") and PLAN.value[4:].isdigit():
+        devices = int(PLAN.value[4:])
+    jax.config.update("jax_num_cpu_devices", devices)  # only CPU backends read it
     logging.set_verbosity(logging.INFO)
     quiet_checkpoint_logs()
     config = CONFIG.value
@@ -40,8 +50,11 @@ def main(argv):
         if DESCRIBE.value:
             print(describe(config))
             return
+        if PLAN.value:
+            print(plan(config, PLAN.value, parse_rows(ROWS.value)))
+            return
         done = train(config, WORKDIR.value or Path("runs") / config.name)
-    except (DataError, ConfigMismatch, NonFiniteLoss) as error:
+    except (CannotPlan, DataError, ConfigMismatch, NonFiniteLoss) as error:
         sys.exit(f"{type(error).__name__}: {error}")  # the user's to mend: no traceback
     logging.info("done: %s", done)
 

@@ -14,6 +14,9 @@ from ml_collections import ConfigDict
 from ctr_jax.config import base_config
 from lrea_jax.model import default_config
 
+# Books of the 5-core; categories are an assumption on the safe side.
+EXPECTED_ROWS = dict(item=704_096, category=5_000)
+
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "demo"):
@@ -23,6 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.update(
         dict(builder="amazon", raw_dir="raw/amazon", negatives="catalogue", seed=0, min_count=2)
     )
+    config.expected_rows = ConfigDict(EXPECTED_ROWS)
     config.batch_size = config.eval_batch_size = 512  # requests of two candidates
     config.optimizer.name = config.table_optimizer.name = "adagrad"
     config.optimizer.learning_rate = config.table_optimizer.learning_rate = 0.01

@@ -11,6 +11,7 @@ it: configs/din_industrial.py.
 
 from ml_collections import ConfigDict
 
+from configs.sparsectr_alibaba import GENERATED_ROWS
 from ctr_jax.config import base_config
 from lrea_jax.model import default_config
 
@@ -24,6 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
         dict(builder="alibaba", raw_dir="raw/industrial", max_candidates=8, min_count=2)
     )
     config.data.generate = ConfigDict(dict(users=2000, behaviours=12000.0, sessions=40.0, seed=0))
+    config.expected_rows = ConfigDict(GENERATED_ROWS)
     config.batch_size = config.eval_batch_size = 128
     config.optimizer.name = config.table_optimizer.name = "adagrad"
     config.optimizer.learning_rate = config.table_optimizer.learning_rate = 0.01

@@ -18,6 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = lrea_amazon.get_config(variant)
     config.name = config.name.replace("amazon", "taobao")
     config.data.builder = "taobao"
+    config.expected_rows = ConfigDict(dict(item=4_162_027, category=9_442))
     config.data.raw_dir = config.data.raw_dir.replace("amazon", "taobao")
     config.model.short_length, config.model.long_length, config.model.rank = 64, 500, 64
     config.history_length = 564

@@ -18,6 +18,16 @@ from ctr_jax.config import base_config
 from ctr_jax.data.synthetic import STUDIES, SyntheticConfig
 from sparsectr_jax.model import default_config
 
+# Distinct values in the files of Tianchi 56, no fewer than a vocabulary of the training days has;
+# and what the generator makes.
+PUBLISHED_ROWS = dict(
+    user_id=1_141_729, adgroup=846_811, cate=12_977, campaign=423_436, customer=255_875,
+    brand=461_497, pid=5, btag=7, cms_segid=100, cms_group_id=16, final_gender_code=5,
+    age_level=10, pvalue_level=6, shopping_level=6, occupation=5, new_user_class_level=8,
+)  # fmt: skip
+GENERATED_ROWS = PUBLISHED_ROWS | dict(
+    user_id=12_000, adgroup=203, cate=83, campaign=103, customer=53, brand=323
+)
 EFFECTS = tuple(f"{effect}_{state}" for effect in STUDIES for state in ("on", "off"))
 
 
@@ -30,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
         dict(builder="alibaba", raw_dir="raw/alibaba", max_candidates=8, min_count=2,
              valid_fraction=0.05)
     )  # fmt: skip
+    config.expected_rows = ConfigDict(GENERATED_ROWS if variant else PUBLISHED_ROWS)
     config.history_length = 1024
     config.batch_size = 512
     config.eval_batch_size = 512

@@ -16,6 +16,15 @@ USER_IDS = ("user_active_degree", "is_lowactive_period", "is_live_streamer", "is
             "follow_user_num_range", "fans_user_num_range", "friend_user_num_range",
             "register_days_range", *(f"onehot_feat{i}" for i in range(18)))  # fmt: skip
 USER_COUNTS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
+# As prepared once.
+ONEHOT_ROWS = (5, 10, 49, 1198, 18, 27, 6, 92, 422, 10, 8, 7, 5, 5, 5, 5, 5, 5)
+EXPECTED_ROWS = dict(
+    user_id=15_319, video=7_322, author=6_344, tag=114, type=8, tab=18, video_type=6,
+    upload_type=14,
+    music_type=8, user_active_degree=12, is_lowactive_period=4, is_live_streamer=5,
+    is_video_author=5, follow_user_num_range=11, fans_user_num_range=12, friend_user_num_range=10,
+    register_days_range=11, **{f"onehot_feat{i}": n for i, n in enumerate(ONEHOT_ROWS)},
+)  # fmt: skip
 
 # What a stored video was to its user; `p` is a row of user_sequences.
 STORED_TYPE = (
@@ -47,6 +56,7 @@ def get_config() -> ConfigDict:
              kinds={"candidate/duration": "quantile",
                     **{f"user/{name}": "quantile" for name in USER_COUNTS}})
     )  # fmt: skip
+    config.expected_rows = ConfigDict(EXPECTED_ROWS)
     config.history_length = 100
     config.batch_size = 512
 

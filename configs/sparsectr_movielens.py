@@ -34,6 +34,9 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "v1":
         config.data.update(dict(name="movielens_v1", time_floor=0,
                                 train=f"ts >= {V1_FROM} and ts < {SPLIT}"))  # fmt: skip
+    config.expected_rows = ConfigDict(
+        dict(user_id=6043, item=3709, genres=304, rating=8, gender=5, age=10, occupation=24)
+    )
     config.history_length = 200
     config.batch_size = 1024
 

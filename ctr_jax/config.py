@@ -23,6 +23,8 @@ def base_config() -> ConfigDict:
     config.data.raw_dir = ""
     config.data.prepared_dir = "prepared"
     config.data.on_bad_row = "raise"
+    # {vocabulary: rows} for plans made where the data set is not (train.py --plan).
+    config.expected_rows = ConfigDict()
     config.history_length = 200
     config.batch_size = 1024
     config.eval_batch_size = 1024

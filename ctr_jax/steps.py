@@ -104,7 +104,9 @@ def init_state(experiment: Experiment, seed: int) -> dict:
 
 def state_shapes(experiment: Experiment) -> dict:
     """Shapes and shardings of the state, without making it: what a restore fills."""
-    shapes = jax.eval_shape(_init_fn(experiment), jax.random.key(0))
+    init = _init_fn(experiment)
+    # The key is made while tracing: the mesh may be of devices that are not here (planner.py).
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     layout = sharding.shardings(shapes, experiment.mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout
@@ -153,7 +155,6 @@ def train_step(experiment: Experiment) -> Callable:
     scalars: loss (what is minimised), logloss, and the norms of gradients and parameters.
     """
     config, columns = experiment.config, experiment.columns
-    rng = jax.random.key(config.seed + 1)
     gradients = _gradients(experiment)
 
     def step_fn(state, batch):
@@ -163,7 +164,7 @@ def train_step(experiment: Experiment) -> Callable:
             lambda rows: embedding.embed(rows, plan, columns, batch).vectors, rows
         )
         # A function of the step alone, so that a resumed run draws what it would have drawn.
-        dropout = jax.random.fold_in(rng, state["step"])
+        dropout = jax.random.fold_in(jax.random.key(config.seed + 1), state["step"])
         (loss, logloss, model_state), (grads, vector_grads) = gradients(
             state["model"], state["model_state"], vectors, batch, dropout
         )

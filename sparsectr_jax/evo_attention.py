@@ -89,7 +89,10 @@ class History:
 
 def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """x [B, L, ...] at index [B, J] -> [B, J, ...]."""
-    return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), 1)
+    # As whole rows: a TPU pads the last axes of what it gathers from, [H, K] of 8 x 4 to 16 times
+    # its size.
+    flat = x.reshape(*x.shape[:2], -1)
+    return jnp.take_along_axis(flat, index[..., None], 1).reshape(*index.shape, *x.shape[2:])
 
 
 def evo_attention(
