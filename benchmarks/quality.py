@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality --study=movielens --raw_dir=DIR [--seeds=0,1,2] [--jobs=2]
     python -m benchmarks.quality --study=movielens --table
+    python -m benchmarks.quality --study=lrea_movielens --table --against="DIN-long"
 
 A row is a config with a few fields changed; each (row, seed) is one `train.py` and one `eval.py`
 in <workdir>/<study>/<row>/<seed>, on one core each. What is finished goes into
@@ -26,6 +27,8 @@ from pathlib import Path
 from ctr_jax.data.synthetic import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 KEPT = ("auc", "gauc_user", "logloss", "oracle_auc", "count")
 
 
@@ -56,6 +59,18 @@ LASER_ABLATIONS = {
     "segments of 20": {"model.segment": 20},
     **{f"{m} GSTA layers": {"model.num_layers": m} for m in (1, 3, 4)},
 }
+
+
+def _lrea_rows(variant: str) -> dict[str, dict]:
+    """LREA on both paths between its neighbours (lrea.md: five seeds, paired)."""
+    lrea, din = f"lrea_movielens.py:{variant}", f"din_long_movielens.py:{variant}"
+    short = f"din_long_movielens.py:{','.join(['short', *filter(None, [variant])])}"
+    return {
+        "DIN-short": _row(short),
+        "LREA, absorbed": _row(lrea, **{"model.training_path": "absorbed"}),
+        "DIN-long": _row(din),
+        "LREA, decompressed": _row(lrea, **{"model.training_path": "decompressed"}),
+    }
 
 
 def studies() -> dict[str, dict[str, dict]]:
@@ -105,6 +120,8 @@ def studies() -> dict[str, dict[str, dict]]:
             name: _row("laser_alibaba.py:long", **changes)
             for name, changes in LASER_ABLATIONS.items()
         },
+        "lrea_movielens": _lrea_rows(""),
+        "lrea_movielens_500": _lrea_rows("L500"),
         "laser_lengths": {
             f"L={n}": _row("laser_industrial.py:demo", history_length=n)
             for n in (500, 1000, 2000, 4000)
@@ -196,6 +213,24 @@ def table(study: str) -> str:
     return "\n".join(lines)
 
 
+def paired(study: str, against: str) -> str:
+    """Differences to the row `against`, seed by seed: mean and 95 % interval (Student's t)."""
+    rows = json.loads(_results_path(study).read_text())["rows"]
+    lines = [f"| less {against} | seeds | AUC | GAUC |", "|---|---|---|---|"]
+    for row in [r for r in studies()[study] if r in rows and r != against]:
+        seeds = sorted(set(rows[row]) & set(rows[against]))
+        cells = []
+        for key in ("auc", "gauc_user"):
+            differences = [rows[row][s]["test"][key] - rows[against][s]["test"][key] for s in seeds]
+            cell = f"{statistics.mean(differences):+.4f}" if differences else ""
+            if 1 < len(differences) <= len(STUDENT) + 1:
+                error = statistics.stdev(differences) / len(differences) ** 0.5
+                cell += f" ± {STUDENT[len(differences) - 2] * error:.4f}"
+            cells.append(cell)
+        lines.append(f"| {row} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", required=True, choices=studies())
@@ -205,6 +240,7 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/quality")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument("--against", help="a row: print paired differences to it as well")
     args = parser.parse_args()
     if not args.table:
         path = _results_path(args.study)
@@ -230,6 +266,8 @@ def main() -> None:
             for _ in pool.map(one, todo):
                 pass
     print(table(args.study))
+    if args.against:
+        print("\n" + paired(args.study, args.against))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class MaskedBatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
         """x [..., d], mask [...] bool -> [..., d]; masked positions are computed like any other."""
-        width = x.shape[-1]
+        width, dtype = x.shape[-1], x.dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
         variance = self.variable("batch_stats", "variance", jnp.ones, (width,))
         if train:
@@ -48,4 +48,4 @@ class MaskedBatchNorm(nn.Module):
         if self.affine:
             x = x * self.param("scale", nn.initializers.ones, (width,))
             x = x + self.param("bias", nn.initializers.zeros, (width,))
-        return x
+        return x.astype(dtype)  # the statistics are float32

@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 
 # What a run *is*: a checkpoint made under other values of these is refused on resume. Everything
 # else (durations, logging, paths, mesh) may change between one start and the next.
-IDENTITY = ("seed", "history_length", "batch_size", "model", "loss", "optimizer",
-            "table_optimizer", "clip_norm")  # fmt: skip
+IDENTITY = ("seed", "history_length", "batch_size", "dtype", "model", "loss",
+            "optimizer", "table_optimizer", "clip_norm")  # fmt: skip
 
 
 def base_config() -> ConfigDict:
@@ -31,6 +31,7 @@ def base_config() -> ConfigDict:
     # Requests of a data shard that go through the model at a time, gradients adding up; 0 = all.
     # On a CPU a few at a time stay in cache, which is faster; on an accelerator it saves memory.
     config.micro_batch = 0
+    config.dtype = "float32"  # of the model's activations: float32 | bfloat16 (precision.py)
 
     # Model: config.model.module has build(config.model, spec) -> (flax module, columns).
     config.model = ConfigDict()

@@ -29,7 +29,7 @@ TILE_BYTES = 64 << 20  # smaller ones, which stay in a CPU's cache, are slower: 
 def dice(x: jax.Array, mean: jax.Array, variance: jax.Array, alpha: jax.Array) -> jax.Array:
     """p x + (1 - p) alpha x with p = sigmoid((x - mean) / sqrt(variance + 1e-9)) (DIN eq. 4)."""
     gate = jax.nn.sigmoid((x - mean) * jax.lax.rsqrt(variance + 1e-9))
-    return gate * x + (1 - gate) * alpha * x
+    return (gate * x + (1 - gate) * alpha * x).astype(x.dtype)  # the statistics are float32
 
 
 class DINAttention(nn.Module):
@@ -120,6 +120,7 @@ class DINAttention(nn.Module):
             keys, mask = tile
             valid = (mask[:, None] & pairs[..., None])[..., None]
             x = hidden(keys, layer)
+            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             count = jnp.sum(valid, dtype=jnp.float32)
             mean = jnp.sum(jnp.where(valid, x, 0), (0, 1, 2)) / jnp.maximum(count, 1)
             squares = jnp.sum(jnp.where(valid, jnp.square(x - mean), 0), (0, 1, 2))

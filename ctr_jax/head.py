@@ -35,7 +35,7 @@ class MLPHead(nn.Module):
     hidden: Sequence[int] = (32,)
     activation: str = "relu"
     base_rate: float = 0.5
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -63,12 +63,12 @@ class RMSNorm(nn.Module):
 
     Attributes:
       eps: added to the mean square, or to its root where `eps_outside_root` (SUAN's habit).
-      dtype: of the result; the mean square is taken in float32.
+      dtype: of the result, x's where None; the mean square is taken in float32.
     """
 
     eps: float = 1e-6
     eps_outside_root: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -81,7 +81,7 @@ class RMSNorm(nn.Module):
             inverse = 1 / (root + self.eps)
         else:
             inverse = jax.lax.rsqrt(square + self.eps)
-        return (x32 * inverse * scale).astype(self.dtype)
+        return (x32 * inverse * scale).astype(self.dtype or x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -94,7 +94,7 @@ class SwiGLU(nn.Module):
 
     hidden: int
     use_bias: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -118,7 +118,7 @@ class MLP(nn.Module):
 
     widths: Sequence[int]
     activation: str = "relu"
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

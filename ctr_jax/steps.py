@@ -19,7 +19,15 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctr_jax import embedding, losses, micro_batches, optimizers, sharding, table_optimizers
+from ctr_jax import (
+    embedding,
+    losses,
+    micro_batches,
+    optimizers,
+    precision,
+    sharding,
+    table_optimizers,
+)
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.features import GROUPS, Column, DataSpec, table_shapes
 
@@ -210,6 +218,7 @@ def _gradients(experiment: Experiment) -> Callable:
     parts = micro_batches.parts_of(config.batch_size, config.micro_batch, mesh.shape[sharding.DATA])
 
     def loss_fn(params, vectors, model_state, batch, denominator, rng):
+        params, vectors = precision.rounded((params, vectors), config.dtype)
         (logits, out), model_state = model.apply(
             {"params": params, **model_state},
             EmbeddedBatch(batch, vectors),
@@ -262,9 +271,12 @@ def score_step(experiment: Experiment) -> Callable:
     )
 
     def score(weights, batch):
-        variables = {"params": weights["model"], **weights["model_state"]}
+        params = precision.rounded(weights["model"], config.dtype)
+        variables = {"params": params, **weights["model_state"]}
 
         def part(embedded):
+            vectors = precision.rounded(embedded.vectors, config.dtype)
+            embedded = EmbeddedBatch(embedded.batch, vectors)
             return experiment.model.apply(variables, embedded, train=False)[0]
 
         embedded = _embed(experiment, weights["tables"], batch)

@@ -40,7 +40,7 @@ class StackedLayer(nn.Module):
         query = jnp.einsum("bcd,dhk->bchk", u, of_query) * (d // h) ** -0.5
         query = jnp.einsum("bchk,dhk->bchd", query, of_key)
         logits = jnp.einsum("bchd,bcsd->bchs", query, segments)
-        weights = masked_softmax(logits, mask[:, None, None])
+        weights = masked_softmax(logits, mask[:, None, None]).astype(segments.dtype)
         pooled = jnp.einsum("bchs,bcsd->bchd", weights, segments)
         heads = jnp.einsum("bchd,dhk->bchk", pooled, of_value).reshape(u.shape)
         u = nn.LayerNorm(name="norm")(u + nn.Dense(d, use_bias=False, name="out")(heads))

@@ -27,8 +27,6 @@ from sparsectr_jax import chunking
 from sparsectr_jax.block import SparseBlock, evo_spec
 from sparsectr_jax.evo_attention import History
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
 
 def default_config() -> ConfigDict:
     """config.model of the paper's setting (4.1.4), Sparsity-2."""
@@ -74,7 +72,6 @@ def default_config() -> ConfigDict:
     config.head_activation = "relu"
     config.base_rate = 0.5  # the final bias starts at its logit
     # Numbers.
-    config.dtype = "float32"  # of activations: float32 | bfloat16; softmax and logits are float32
     config.sparse_last_layer = True  # last block: K and V only where read; the same values
     config.rows_per_tile = 0  # requests at a time; 0: 16 on a CPU, the whole batch elsewhere
     return config
@@ -138,7 +135,7 @@ class Requests(nn.Module):
     @nn.compact
     def __call__(self, embedded: EmbeddedBatch, train: bool) -> tuple[jax.Array, jax.Array]:
         config, batch = self.config, embedded.batch
-        dtype = DTYPES[config.dtype]
+        dtype = jnp.result_type(*embedded.vectors.values())
         size, length, num_candidates = batch.shape
 
         def vectors(group: str) -> list[jax.Array]:
@@ -202,9 +199,8 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
     """
     if config.width % config.num_heads:
         raise ValueError(f"width {config.width} is not a multiple of num_heads {config.num_heads}")
-    for name, allowed in (("chunking", chunking.METHODS), ("dtype", tuple(DTYPES))):
-        if config[name] not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {config[name]!r}")
+    if config.chunking not in chunking.METHODS:
+        raise ValueError(f"chunking must be one of {chunking.METHODS}, got {config.chunking!r}")
     if min(config.num_layers, config.num_chunks, config.num_transition, config.local_window) < 1:
         raise ValueError("num_layers, num_chunks, num_transition and local_window must be >= 1")
     evo_spec(config)

@@ -243,7 +243,7 @@ def test_bfloat16_activations_leave_tables_and_moments_float32(
     small_config, small_sparsectr, tmp_path
 ):
     small_config.model = small_sparsectr
-    small_config.model.dtype = "bfloat16"
+    small_config.dtype = "bfloat16"
     small_config.total_steps = 2
     done = train(small_config, tmp_path)
     assert np.isfinite(done["valid"]["logloss"])

@@ -217,10 +217,9 @@ SWITCHES = {
         "logit_scale": "model",
         "slope_init": "alibi",
     },
-    "only global, bfloat16, dropout": {
+    "only global, dropout": {
         "use_local": False,
         "use_transition": False,
-        "dtype": "bfloat16",
         "dropout": 0.3,
     },
 }
@@ -281,7 +280,6 @@ def test_impossible_settings_are_refused():
     for changes, match in [
         ({"width": 9}, "multiple"),
         ({"chunking": "day"}, "chunking"),
-        ({"dtype": "float16"}, "dtype"),
         ({"num_chunks": 0}, ">= 1"),
         ({"use_global": False, "use_transition": False, "use_local": False}, "at least one"),
         ({"hour_form": "minute"}, "hour_form"),
