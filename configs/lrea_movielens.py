@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.name, config.optimizer.learning_rate = "adam", 3e-3
     config.table_optimizer.name, config.table_optimizer.initial_accumulator = "adagrad", 1e-6
     config.table_optimizer.learning_rate = 0.02
-    config.optimizer.schedule = config.table_optimizer.schedule = "constant"
+    config.optimizer.schedule = config.table_optimizer.schedule = "cosine"
     config.loss.weights.non_negativity = 0.3  # lambda of eq. 11
 
     config.model = default_config()
