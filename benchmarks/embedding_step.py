@@ -2,6 +2,7 @@
 
     python -m benchmarks.embedding_step [--rows 100000 1000000 10000000] [--repeats 15]
         [--parts whole_step table_work bare_update naive_step]
+    python -m benchmarks.embedding_step --mesh 1 8 --rows 1000000 20000000
     python -m benchmarks.embedding_step --dense-rule
 
 The whole step is the real one (`ctr_jax.steps.train_step`) at MovieLens size: SparseCTR, batch
@@ -10,6 +11,9 @@ four small tables. Beside it the table's own work (ids made distinct, lookup, gr
 without a model, the update alone, and, for tables it can hold, plain autodiff with optax. Sizes
 take turns step by step, so that a busy machine slows all of them; the figures are the median and
 the least of the repeats. Writes benchmarks/results/embedding_step.json.
+
+--mesh DATA TABLE measures the whole step on a mesh of that many CPU devices, tables split by rows
+(embedding_mesh.json).
 
 --dense-rule times the sparse and the dense path of one table against rows per id: it is where
 `embedding.DENSE_ROWS_PER_ID` comes from (embedding_dense_rule.json).
@@ -30,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from ctr_jax import embedding, losses, sharding, steps
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
@@ -71,11 +76,11 @@ def zipf_batches(rows: int, number: int = 4, exponent: float = 1.2) -> list[Requ
             candidate_mask=np.ones((B, C), bool),
             label=rng.integers(0, 2, (B, C)).astype(np.float32),
         )
-        out.append(jax.device_put(batch))
+        out.append(batch)
     return out
 
 
-def make_experiment(rows: int) -> steps.Experiment:
+def make_experiment(rows: int, mesh: Mesh) -> steps.Experiment:
     """SparseCTR's default setting on the columns of `zipf_batches`."""
     from sparsectr_jax.model import default_config
 
@@ -87,7 +92,7 @@ def make_experiment(rows: int) -> steps.Experiment:
     config = base_config()
     config.model = default_config()
     config.table_optimizer.name = "adagrad"
-    return steps.bind(config, spec, sharding.make_mesh(1, 1, jax.devices()[:1]), 1000)
+    return steps.bind(config, spec, mesh, 1000)
 
 
 class Measured:
@@ -207,11 +212,14 @@ def compare(kinds: dict[str, Measured], repeats: int) -> dict[str, dict]:
 def growth(args) -> dict:
     """The report of every part at every size, and the ratios of the largest to the smallest."""
     report = {"distinct_ids": {}, "ids": B * (L + C)}
+    data, table = args.mesh
+    mesh = sharding.make_mesh(data, table, jax.devices()[: data * table])
     batches = {rows: zipf_batches(rows) for rows in args.rows}
     for rows, of_size in batches.items():
         ids = [np.concatenate([b.behaviour["item"], b.candidate["item"]], 1) for b in of_size]
         report["distinct_ids"][str(rows)] = [int(np.unique(x).size) for x in ids]
-    experiments = {rows: make_experiment(rows) for rows in args.rows}
+    batches = {r: [sharding.put_batch(b, mesh) for b in some] for r, some in batches.items()}
+    experiments = {rows: make_experiment(rows, mesh) for rows in args.rows}
     naive = [rows for rows in args.rows if rows <= args.naive_rows]
     builders = {
         "whole_step": {r: lambda r=r: whole_step(experiments[r], batches[r]) for r in args.rows},
@@ -219,7 +227,7 @@ def growth(args) -> dict:
         "bare_update": {r: lambda r=r: bare_update(r, batches[r]) for r in args.rows},
         "naive_step": {r: lambda r=r: naive_step(experiments[r], batches[r]) for r in naive},
     }
-    with jax.set_mesh(next(iter(experiments.values())).mesh):
+    with jax.set_mesh(mesh):
         for part in args.parts:
             measured = {str(rows): build() for rows, build in builders[part].items()}
             report[part] = compare(measured, args.repeats)
@@ -256,7 +264,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dense-rule", action="store_true")
+    parser.add_argument("--mesh", type=int, nargs=2, default=(1, 1), metavar=("DATA", "TABLE"))
     args = parser.parse_args()
+    if args.mesh[0] * args.mesh[1] > 1:
+        args.parts = ("whole_step",)
+        jax.config.update("jax_num_cpu_devices", args.mesh[0] * args.mesh[1])
     report = dense_rule(args) if args.dense_rule else growth(args)
     report["machine"] = {
         "cores": os.cpu_count(),
@@ -266,9 +278,10 @@ def main() -> None:
         "jax": jax.__version__,
     }
     RESULTS.mkdir(exist_ok=True)
-    name = "embedding_dense_rule.json" if args.dense_rule else "embedding_step.json"
-    path = RESULTS / name
-    if not args.dense_rule and path.exists():  # parts measured before stay
+    report["mesh"] = args.mesh
+    name = "step" if tuple(args.mesh) == (1, 1) else "mesh"
+    path = RESULTS / f"embedding_{'dense_rule' if args.dense_rule else name}.json"
+    if name == "step" and not args.dense_rule and path.exists():  # parts measured before stay
         before = json.loads(path.read_text())
         report["distinct_ids"] = before["distinct_ids"] | report["distinct_ids"]
         report = before | report
