@@ -30,6 +30,7 @@ def main(argv):
     from ctr_jax.checkpoints import ConfigMismatch
     from ctr_jax.data.errors import DataError
     from ctr_jax.evaluation import evaluate
+    from ctr_jax.manifests import Damaged
     from ctr_jax.reports import format_table, summary_rows
     from ctr_jax.writers import quiet_checkpoint_logs
 
@@ -40,7 +41,7 @@ def main(argv):
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
     try:
         results = evaluate(config, workdir, STEP.value, WATCH.value, relative_to=RELATIVE_TO.value)
-    except (DataError, ConfigMismatch, FileNotFoundError) as error:
+    except (ConfigMismatch, Damaged, DataError, FileNotFoundError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     for split, result in results.items():
         print(f"\n{config.name}, {split}")

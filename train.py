@@ -26,15 +26,19 @@ PLAN = flags.DEFINE_string(
     "plan", None, "Compile the train step for a TPU slice (v5e:4x4), cpu:8 or auto, and stop."
 )
 ROWS = flags.DEFINE_list("rows", [], "With --plan: rows of vocabularies, as user_id=100000000.")
+RESUME_ANYWAY = flags.DEFINE_bool(
+    "resume_anyway", False, "Resume another configuration's checkpoint; the log says what differs."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics, plots (runs/<config name>).")
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    from ctr_jax.checkpoints import ConfigMismatch
+    from ctr_jax.checkpoints import ConfigMismatch, SaveFailed
     from ctr_jax.data.errors import DataError
     from ctr_jax.describe import describe
+    from ctr_jax.manifests import Damaged
     from ctr_jax.planner import CannotPlan, parse_rows, plan
     from ctr_jax.training import NonFiniteLoss, train
     from ctr_jax.writers import quiet_checkpoint_logs
@@ -53,8 +57,9 @@ def main(argv):
         if PLAN.value:
             print(plan(config, PLAN.value, parse_rows(ROWS.value)))
             return
-        done = train(config, WORKDIR.value or Path("runs") / config.name)
-    except (CannotPlan, DataError, ConfigMismatch, NonFiniteLoss) as error:
+        workdir = WORKDIR.value or Path("runs") / config.name
+        done = train(config, workdir, resume_anyway=RESUME_ANYWAY.value)
+    except (CannotPlan, ConfigMismatch, Damaged, DataError, NonFiniteLoss, SaveFailed) as error:
         sys.exit(f"{type(error).__name__}: {error}")  # the user's to mend: no traceback
     logging.info("done: %s", done)
 

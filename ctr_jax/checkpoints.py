@@ -1,14 +1,17 @@
 """Checkpoints of a run: saved in the background, kept by rule, refused when they do not fit.
 
 Layout of a workdir:
-  checkpoints/<step>/{weights,optimizer,identity}   Orbax items
+  checkpoints/<step>/{weights,optimizer,identity}   Orbax items, and manifest.json
+  checkpoints/<step>.damaged              a step that could not be read, moved aside
   metrics/<step>.json                     what the evaluator (or the trainer itself) measured
   metrics/<step>.evaluating               an evaluator is reading that step: it is not deleted
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,6 +19,9 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+
+from ctr_jax import manifests
+from ctr_jax.sharding import path_name
 
 # What only the optimizer needs is its own item: an evaluator never reads it.
 WEIGHTS = ("tables", "model", "model_state", "step")
@@ -26,6 +32,10 @@ MARKER_SECONDS = 3600.0
 
 class ConfigMismatch(ValueError):
     """The checkpoint in the workdir was made with another model, data set or optimizer."""
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; the message names the last good one."""
 
 
 class Checkpoints:
@@ -46,15 +56,18 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.workdir = Path(workdir).absolute()
+        self._directory = self.workdir / "checkpoints"
         self._keep_last, self._best_metric = keep_last, best_metric
+        if not read_only and jax.process_index() == 0:
+            for leftover in self._directory.glob("*.orbax-checkpoint-tmp*"):  # of a killed save
+                shutil.rmtree(leftover)
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=not read_only,
         )
         self._manager = ocp.CheckpointManager(
-            self.workdir / "checkpoints",
+            self._directory,
             options=options,
             item_names=("weights", "optimizer", "identity"),
         )
@@ -65,20 +78,50 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: Mapping, identity: Mapping) -> None:
-        """Starts saving `state` at its own step; returns once it is copied off the device."""
+        """Starts saving `state` at its own step; returns once it is copied off the device.
+
+        Raises:
+          SaveFailed: this save or the one before it.
+        """
         step = int(state["step"])
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardSave({k: state[k] for k in WEIGHTS}),
-                optimizer=ocp.args.StandardSave({k: state[k] for k in OPTIMIZER}),
-                identity=ocp.args.JsonSave(dict(identity)),
-            ),
-        )
+        with self._failing(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    weights=ocp.args.StandardSave({k: state[k] for k in WEIGHTS}),
+                    optimizer=ocp.args.StandardSave({k: state[k] for k in OPTIMIZER}),
+                    identity=ocp.args.JsonSave(dict(identity)),
+                ),
+            )
+
+    def finish(self) -> None:
+        """Waits for the save under way, and writes the manifests of finished steps.
+
+        Raises:
+          SaveFailed: it came to nothing.
+        """
+        with self._failing(self._manager.latest_step()):
+            self._manager.wait_until_finished()
+            for step in self._manager.all_steps() if jax.process_index() == 0 else ():
+                if not manifests.exists(self._directory / str(step)):
+                    manifests.write(self._directory / str(step))
+
+    @contextlib.contextmanager
+    def _failing(self, step: int | None):
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise what the file system says
+            good = [s for s in self.steps() if manifests.exists(self._directory / str(s))]
+            last = f"the last good one is step {good[-1]}" if good else "there is no good one yet"
+            reason = " ".join(str(error).split())[:300]
+            raise SaveFailed(
+                f"the checkpoint of step {step} could not be saved in {self._directory}; {last}. "
+                f"{type(error).__name__}: {reason}"
+            ) from error
 
     def prune(self) -> list[int]:
         """Deletes the steps that the rules do not keep; returns them."""
-        self._manager.wait_until_finished()
+        self.finish()
         steps = sorted(self._manager.all_steps())
         doomed = steps_to_delete(
             steps,
@@ -96,7 +139,8 @@ class Checkpoints:
         shardings) asks; only the items that `shapes` names are read.
 
         Raises:
-          ConfigMismatch: `identity` is given and differs from the one saved.
+          ConfigMismatch: `identity` is given and differs from the one saved, or arrays are of other
+            shapes.
         """
         step = self._manager.latest_step() if step is None else step
         if identity is not None:
@@ -108,9 +152,77 @@ class Checkpoints:
         optimizer = {k: shapes[k] for k in OPTIMIZER if k in shapes}
         if optimizer:
             items["optimizer"] = optimizer
+        for item, wanted in items.items():
+            self._refuse_shapes(step, item, wanted)
         args = {k: ocp.args.StandardRestore(v) for k, v in items.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         return {name: value for item in items for name, value in restored[item].items()}
+
+    def _refuse_shapes(self, step: int, item: str, wanted: Mapping) -> None:
+        """Raises ConfigMismatch unless the saved arrays are of the wanted shapes."""
+        handler = ocp.StandardCheckpointHandler()
+        saved = _shapes(handler.metadata(self._directory / str(step) / item).tree)
+        wanted = _shapes(wanted)
+        different = [
+            f"{name}: checkpoint {saved.get(name)}, model {wanted.get(name)}"
+            for name in sorted(saved.keys() | wanted.keys())
+            if saved.get(name) != wanted.get(name)
+        ]
+        if different:
+            raise ConfigMismatch(
+                f"step {step} in {self._directory} holds other arrays:\n  " + "\n  ".join(different)
+            )
+
+    def restore_newest(
+        self, shapes: Mapping, identity: Mapping, *, anyway: bool = False
+    ) -> dict | None:
+        """The newest state that can be read, or None where nothing was saved. A damaged step is
+        moved aside and the one before it taken.
+
+        Args:
+          anyway: go on under another configuration, naming what differs in the log.
+        Raises:
+          ConfigMismatch: the newest readable one is of another configuration.
+          Damaged: none can be read.
+        """
+        there = self.steps()
+        for step in reversed(there):
+            try:
+                return self._restore_checked(shapes, identity, step, anyway)
+            except manifests.Damaged as error:
+                aside = self._directory / f"{step}.damaged"
+                logging.error("%s. Moved to %s; trying the step before it", error, aside)
+                if jax.process_index() == 0:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self._directory / str(step)).rename(aside)
+                self._manager.reload()
+        if there:
+            raise manifests.Damaged(
+                f"none of the checkpoints {there} in {self._directory} can be read; to start "
+                "again, remove the directory or give another --workdir"
+            )
+        return None
+
+    def _restore_checked(self, shapes, identity, step: int, anyway: bool) -> dict:
+        directory = self._directory / str(step)
+        if has_manifest := manifests.exists(directory):
+            manifests.check(directory)
+        try:
+            if anyway:
+                _log_differences(self.identity(step), identity)
+            return self.restore(shapes, None if anyway else identity, step)
+        except ConfigMismatch:
+            raise
+        except Exception as error:
+            if has_manifest:  # the files are what was saved: they do not fit this model
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise manifests.Damaged(f"step {step}: {type(error).__name__}: {reason}") from error
+
+    def check(self, step: int) -> None:
+        """Raises Damaged if the files of `step` are not those of its manifest, where it has one."""
+        if manifests.exists(self._directory / str(step)):
+            manifests.check(self._directory / str(step))
 
     def identity(self, step: int) -> dict:
         args = ocp.args.Composite(identity=ocp.args.JsonRestore())
@@ -140,7 +252,6 @@ class Checkpoints:
         return age < MARKER_SECONDS
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
         self._manager.close()
 
 
@@ -176,17 +287,32 @@ def best_step(
 
 def refuse_mismatch(saved: Mapping, current: Mapping, workdir: Path) -> None:
     """Raises ConfigMismatch naming every field that differs between two identities."""
-    saved_flat, current_flat = _flatten(saved), _flatten(current)
-    different = [
-        f"{key}: checkpoint {saved_flat.get(key)!r}, config {current_flat.get(key)!r}"
-        for key in sorted(saved_flat.keys() | current_flat.keys())
-        if saved_flat.get(key) != current_flat.get(key)
-    ]
-    if different:
+    if different := _differences(saved, current):
         raise ConfigMismatch(
             f"{workdir} holds a run of another configuration; give another --workdir, or go back "
             f"to its settings:\n  " + "\n  ".join(different)
         )
+
+
+def _shapes(tree) -> dict[str, list[int]]:
+    """{path: shape} of the arrays in a state or in Orbax's account of one."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {path_name(path): list(leaf.shape) for path, leaf in leaves}
+
+
+def _differences(saved: Mapping, current: Mapping) -> list[str]:
+    """What two identities differ in, a line each."""
+    saved, current = _flatten(saved), _flatten(current)
+    return [
+        f"{key}: checkpoint {saved.get(key)!r}, config {current.get(key)!r}"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+    ]
+
+
+def _log_differences(saved: Mapping, current: Mapping) -> None:
+    for line in _differences(saved, current):
+        logging.warning("resuming anyway, although %s", line)
 
 
 def _flatten(tree: Mapping, prefix: str = "") -> dict:

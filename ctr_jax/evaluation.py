@@ -71,6 +71,7 @@ def evaluate(
       {split: metrics} of the last step evaluated; also in evaluation/<split>/results.json.
     Raises:
       FileNotFoundError: there is no such checkpoint.
+      Damaged: its files are not what was saved.
       ConfigMismatch: the checkpoint was made with another model or data set.
     """
     data = open_data(config)
@@ -89,6 +90,7 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> 
     checkpoints = Checkpoints(workdir, read_only=True)
     for at in _new_steps(checkpoints) if watch else [_chosen(checkpoints, step, config)]:
         with _marked(checkpoints, at):
+            checkpoints.check(at)
             saved = checkpoints.identity(at)
             refuse_mismatch(saved, identity(config, data.spec.content_hash), workdir)
             weights = checkpoints.restore(shapes, identity=None, step=at)

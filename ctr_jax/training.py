@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from ctr_jax.config import identity
 from ctr_jax.data import open_data, pipeline
 from ctr_jax.data.records import PreparedData, Requests
 from ctr_jax.optimizers import resolve_steps
+from ctr_jax.preemption import Preemption
 from ctr_jax.writers import MetricWriter, Progress, write_json
 
 
@@ -26,22 +28,30 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the message names the step and requests of its batch."""
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict:
-    """Trains `config` in `workdir`, resuming from its newest checkpoint if there is one.
+def train(config: ConfigDict, workdir: str | Path, *, resume_anyway: bool = False) -> dict:
+    """Trains `config` in `workdir`, resuming from its newest readable checkpoint if there is one.
 
+    SIGTERM saves at the end of the running step and returns.
+
+    Args:
+      resume_anyway: take a checkpoint of another configuration; its arrays still have to fit.
     Returns:
       {"step", "seconds", "examples_per_second", "valid": metrics of the last checkpoint}.
     Raises:
       ConfigMismatch: the workdir's checkpoints belong to another model, data set or optimizer.
+      Damaged: it holds checkpoints and none can be read.
+      SaveFailed: a checkpoint could not be written; the message names the last good one.
       NonFiniteLoss: the loss is not a number; the last good checkpoint stays.
     """
     data = open_data(config)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        return _train(config, Path(workdir), data, mesh)
+        return _train(config, Path(workdir), data, mesh, resume_anyway)
 
 
-def _train(config: ConfigDict, workdir: Path, data: PreparedData, mesh: Mesh) -> dict:
+def _train(
+    config: ConfigDict, workdir: Path, data: PreparedData, mesh: Mesh, resume_anyway: bool
+) -> dict:
     # --- durations
     requests = data.split("train")
     unit = dict(batch_size=config.batch_size, examples=len(requests))
@@ -56,8 +66,8 @@ def _train(config: ConfigDict, workdir: Path, data: PreparedData, mesh: Mesh) ->
     # --- restore: own checkpoint, else from scratch
     checkpoints = Checkpoints(workdir, keep_last=config.keep_last, best_metric=config.best_metric)
     whoami = identity(config, data.spec.content_hash)
-    if checkpoints.steps():
-        state = checkpoints.restore(steps.state_shapes(experiment), whoami)
+    state = checkpoints.restore_newest(steps.state_shapes(experiment), whoami, anyway=resume_anyway)
+    if state is not None:
         logging.info("resumed %s at step %d", workdir, int(state["step"]))
     else:
         state = steps.init_state(experiment, config.seed)
@@ -80,15 +90,20 @@ def _train(config: ConfigDict, workdir: Path, data: PreparedData, mesh: Mesh) ->
     progress = Progress(total, start, config.name or "train")
     window = _Window(config, requests)
     valid, began = checkpoints.metrics(start).get("valid", {}), time.perf_counter()
-    try:
-        for step in range(start + 1, total + 1):
+    stopped, step = False, start
+    with Preemption() as preemption, contextlib.ExitStack() as closing:
+        for resource in (checkpoints, writer, progress):
+            closing.callback(resource.close)
+        while step < total and not stopped:
+            step += 1
             with _Profile(workdir, step - start, config.profile_steps):
                 batch = window.next_batch(batches)
                 state, scalars = train_step(state, sharding.put_batch(batch, mesh))
                 window.add(step, scalars)
             progress.advance()
 
-            save = step % checkpoint_every == 0 or step == total
+            stopped = preemption.asked(step) and step < total
+            save = step % checkpoint_every == 0 or step == total or stopped
             if save or step % log_every == 0:  # a state that a non-finite loss touched is not saved
                 measured = window.flush()
                 writer.write(step, measured)
@@ -96,26 +111,23 @@ def _train(config: ConfigDict, workdir: Path, data: PreparedData, mesh: Mesh) ->
 
             if save:
                 checkpoints.save(state, whoami)
-                if config.validate:
+                if config.validate and not stopped:
                     valid = _validate(config, data, mesh, score_step, state)
                     write_json(checkpoints.metrics_path(step), {"valid": valid})
                     writer.write(step, _scalars("valid", valid))
                     progress.report(step, _one_line(_scalars("valid", valid)))
                 log_kept(workdir, checkpoints.prune())
                 window.restart_clock()
-    finally:
-        progress.close()
-        writer.close()
-        checkpoints.close()
 
     seconds = time.perf_counter() - began
     done = {
-        "step": total,
+        "step": step,
         "seconds": round(seconds, 1),
         "examples_per_second": round(window.rate(), 1),
         "valid": valid,
     }
-    write_json(workdir / "train_done.json", done)
+    if not stopped:
+        write_json(workdir / "train_done.json", done)
     return done
 
 
