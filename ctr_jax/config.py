@@ -26,6 +26,9 @@ def base_config() -> ConfigDict:
     # {vocabulary: rows} for plans made where the data set is not (train.py --plan).
     config.expected_rows = ConfigDict()
     config.history_length = 200
+    # Ascending lengths, the last one history_length: batches of requests alike in length, cut to
+    # it (docs/input.md). () = every batch is history_length long.
+    config.length_buckets = ()
     config.batch_size = 1024
     config.eval_batch_size = 1024
     # Requests of a data shard that go through the model at a time, gradients adding up; 0 = all.
@@ -80,4 +83,6 @@ def config_field(kind: type):
 def identity(config: ConfigDict, content_hash: str) -> dict:
     """What must be equal for a checkpoint of one run to be resumed by another."""
     fields = config.to_dict()
-    return {"data": content_hash, **{name: fields[name] for name in IDENTITY}}
+    # Where they are off, as if there were no such field: runs from before it can be resumed.
+    names = (*IDENTITY, "length_buckets") if config.length_buckets else IDENTITY
+    return {"data": content_hash, **{name: fields[name] for name in names}}

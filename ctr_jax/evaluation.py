@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -31,15 +32,19 @@ def score_split(
     score_step: Callable,
     weights: dict,
 ) -> ScoreLog:
-    """Scores every request of a split; rows that only fill the last batch count nowhere."""
+    """Scores every request of a split, in stored order; rows that fill a batch count nowhere."""
     requests = data.split(split)
     scores = ScoreLog(slices=config.slices)
-    total = -(-len(requests) // config.eval_batch_size)
-    progress = Progress(total, 0, f"score {split}")
-    pending = None
-    for batch in pipeline.eval_batches(
-        requests, batch_size=config.eval_batch_size, history_length=config.history_length
-    ):
+    read = dict(
+        batch_size=config.eval_batch_size,
+        history_length=config.history_length,
+        length_buckets=config.length_buckets,
+    )
+    plan = pipeline.eval_plan(requests, **read)
+    progress = Progress(len(plan), 0, f"score {split}")
+    pending, candidates = None, []
+    for batch, planned in zip(pipeline.eval_batches(requests, **read), plan, strict=True):
+        candidates.append(batch.candidate_mask[: len(planned.records)].sum(1))
         logits = score_step(weights, sharding.put_batch(batch, mesh))
         if pending is not None:  # one batch behind, so that the device works while the host adds
             scores.add(pending[0], jax.device_get(pending[1]))
@@ -48,6 +53,9 @@ def score_split(
     if pending is not None:
         scores.add(pending[0], jax.device_get(pending[1]))
     progress.close()
+    if config.length_buckets and plan:
+        records = np.concatenate([planned.records for planned in plan])
+        scores.reorder(np.argsort(np.repeat(records, np.concatenate(candidates)), kind="stable"))
     return scores
 
 

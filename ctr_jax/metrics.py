@@ -111,6 +111,10 @@ class ScoreLog:
             self._chunks.setdefault(name, []).append(value)
         self._count += len(rows)
 
+    def reorder(self, order: np.ndarray) -> None:
+        """Puts the candidates logged so far into `order` [N], a permutation of their numbers."""
+        self._chunks = {name: [column[order]] for name, column in self.columns().items()}
+
     def columns(self) -> dict[str, np.ndarray]:
         """{name: [N]}: logits, labels, user_id, request_id, history_length, slices, any weights."""
         for name, chunks in self._chunks.items():  # joined in place, so that nothing is held twice

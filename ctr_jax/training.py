@@ -81,6 +81,7 @@ def _train(
         requests,
         batch_size=config.batch_size,
         history_length=config.history_length,
+        length_buckets=config.length_buckets,
         seed=config.seed,
         start_step=start,
         process_index=jax.process_index(),
@@ -141,7 +142,7 @@ class _Window:
     def __init__(self, config: ConfigDict, requests: Requests):
         self._config, self._requests = config, requests
         self._pending: list[tuple[int, dict]] = []
-        self._compiled = False
+        self._shape, self._compiled = None, set()
         self._total_seconds, self._total_steps = 0.0, 0
         self.restart_clock()
 
@@ -152,6 +153,7 @@ class _Window:
         began = time.perf_counter()
         batch = next(batches)
         self._wait += time.perf_counter() - began
+        self._shape = batch.shape
         return batch
 
     def add(self, step: int, scalars: dict) -> None:
@@ -159,11 +161,13 @@ class _Window:
         self._timed += 1
         if len(self._pending) > 1:
             jax.block_until_ready(self._pending[-2][1]["loss"])
-        if not self._compiled:
+        if self._shape not in self._compiled:
             jax.block_until_ready(scalars["loss"])
             seconds = time.perf_counter() - self._began
-            logging.info("first step: %.1f s, compilation included", seconds)
-            self._compiled = True
+            logging.info(
+                "first step of (B, L, C) = %s: %.1f s, compilation included", self._shape, seconds
+            )
+            self._compiled.add(self._shape)
             self.restart_clock()
 
     def flush(self) -> dict[str, float]:
@@ -192,6 +196,7 @@ class _Window:
             self._requests,
             batch_size=self._config.batch_size,
             history_length=self._config.history_length,
+            length_buckets=self._config.length_buckets,
             seed=self._config.seed,
             start_step=step - 1,
             workers=0,

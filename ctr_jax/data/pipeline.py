@@ -4,13 +4,21 @@ The order has no state. Row r of the global batch at step s is number s * B + r 
 sequence: the epochs one after another, each a permutation of the split that is computed per index
 from (seed, epoch). So any step is reached at once, batches run across the epochs' borders, and
 every number of processes sees the same global batches.
+
+With length buckets every batch holds requests of one bucket and is cut to that bucket's length, so
+that short histories do not pay for long ones and there are as many compiled shapes as buckets. Each
+bucket is an endless sequence of its own. What an epoch leaves of it, less than a batch, is carried
+into the next: nothing is dropped or padded, and by the end of epoch e bucket k has given
+floor(e n_k / B) batches. The batches of an epoch come in an order drawn from (seed, epoch).
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
@@ -30,6 +38,7 @@ def train_batches(
     batch_size: int,
     history_length: int,
     seed: int,
+    length_buckets: Sequence[int] = (),
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -39,18 +48,21 @@ def train_batches(
     """Endless shuffled batches from `start_step` on; a global batch depends on (seed, step) alone.
 
     Each epoch is a new permutation; epochs follow one another without a gap, and nothing is
-    dropped or repeated within one.
+    dropped or repeated within one. With buckets this holds for each bucket.
 
     Args:
       batch_size: B of the global batch; this process gets rows [pB/N, (p+1)B/N) of it.
       history_length: L of every batch.
+      length_buckets: ascending lengths that end with history_length; L is then the least of them
+        that holds the histories of the batch. () = off.
       workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
       prefetch: batches prepared ahead.
     Returns:
       An iterator of batches; `close()` ends its threads.
     Raises:
       DataError: the split is empty.
-      ValueError: batch_size is not a multiple of process_count, or a number is out of range.
+      ValueError: batch_size is not a multiple of process_count, the buckets do not end with
+        history_length, or a number is out of range.
     """
     rows = _process_rows(batch_size, process_index, process_count)
     if not len(requests):
@@ -58,9 +70,17 @@ def train_batches(
     if start_step < 0:
         raise ValueError(f"start_step is {start_step}; it must not be negative")
 
+    buckets = by_length(requests, history_length, length_buckets) if length_buckets else []
+
     def batch(step: int) -> RequestBatch:
-        positions = (start_step + step) * batch_size + rows
-        return requests.read(shuffled(positions, len(requests), seed), history_length)
+        step += start_step
+        if not buckets:
+            positions = step * batch_size + rows
+            return requests.read(shuffled(positions, len(requests), seed), history_length)
+        sizes = [len(bucket.records) for bucket in buckets]
+        which, number = bucket_at(step, sizes, batch_size, seed)
+        order = shuffled(number * batch_size + rows, sizes[which], seed + ((which + 1) << 32))
+        return requests.read(buckets[which].records[order], buckets[which].length)
 
     return _prefetched(batch, sys.maxsize // batch_size - start_step, workers, prefetch)
 
@@ -70,24 +90,106 @@ def eval_batches(
     *,
     batch_size: int,
     history_length: int,
+    length_buckets: Sequence[int] = (),
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 1,
     prefetch: int = 4,
 ) -> Iterator[RequestBatch]:
-    """Every record once, in stored order; ceil(records / B) batches of one shape.
+    """Every record once, in the batches of `eval_plan`; those of a bucket have one shape.
 
-    The last batch is filled with empty rows, all zero and with candidate_mask False. Arguments,
-    return value and errors are those of `train_batches`.
+    A batch that is not full is filled with empty rows, all zero and with candidate_mask False.
+    Arguments, return value and errors are those of `train_batches`.
     """
     rows = _process_rows(batch_size, process_index, process_count)
+    plan = eval_plan(
+        requests,
+        batch_size=batch_size,
+        history_length=history_length,
+        length_buckets=length_buckets,
+    )
 
     def batch(step: int) -> RequestBatch:
-        indices = step * batch_size + rows
-        real = indices[indices < len(requests)]
-        return with_empty_rows(requests.read(real, history_length), len(rows))
+        own = plan[step].records[rows[0] : rows[-1] + 1]
+        return with_empty_rows(requests.read(own, plan[step].length), len(rows))
 
-    return _prefetched(batch, math.ceil(len(requests) / batch_size), workers, prefetch)
+    return _prefetched(batch, len(plan), workers, prefetch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Records that are read with one history length.
+
+    Attributes:
+      records: [n] int64, ascending.
+      length: L.
+    """
+
+    records: np.ndarray
+    length: int
+
+
+def eval_plan(
+    requests: Requests, *, batch_size: int, history_length: int, length_buckets: Sequence[int] = ()
+) -> list[Bucket]:
+    """The records, at most B, and the L of each global batch of `eval_batches`.
+
+    Stored order; with `length_buckets`, one bucket after another, each in stored order.
+    """
+    if length_buckets:
+        buckets = by_length(requests, history_length, length_buckets)
+    else:
+        buckets = [Bucket(np.arange(len(requests)), history_length)]
+    return [
+        Bucket(bucket.records[first : first + batch_size], bucket.length)
+        for bucket in buckets
+        for first in range(0, len(bucket.records), batch_size)
+    ]
+
+
+def by_length(
+    requests: Requests, history_length: int, length_buckets: Sequence[int]
+) -> list[Bucket]:
+    """The split by bucket: a request is in the first whose length holds its history.
+
+    Raises:
+      DataError: a file is damaged.
+      ValueError: the lengths do not ascend from 1 on and end with history_length.
+    """
+    edges = list(length_buckets)
+    if edges[0] < 1 or edges[-1] != history_length or sorted(set(edges)) != edges:
+        raise ValueError(
+            f"length_buckets {tuple(edges)}: give ascending lengths from 1 on, the last of them "
+            f"history_length = {history_length}"
+        )
+    which = np.searchsorted(edges[:-1], requests.history_lengths())
+    return [Bucket(np.flatnonzero(which == k), edge) for k, edge in enumerate(edges)]
+
+
+def bucket_at(step: int, sizes: Sequence[int], batch_size: int, seed: int) -> tuple[int, int]:
+    """Which bucket gives the batch of a step, and which of that bucket's batches it is.
+
+    After e epochs bucket k with n_k requests has given floor(e n_k / B) batches; the step's epoch
+    is the largest e with S(e) = sum_k floor(e n_k / B) <= step.
+
+    Args:
+      sizes: [K] requests of each bucket, not all 0.
+    """
+
+    def given(epochs: int) -> list[int]:
+        return [epochs * size // batch_size for size in sizes]
+
+    # S(e) lies in e N / B - K .. e N / B for N requests in K buckets: few epochs to choose from.
+    first = step * batch_size // sum(sizes)
+    last = (step + len(sizes)) * batch_size // sum(sizes) + 1
+    epochs = range(first, last + 1)
+    epoch = epochs[bisect.bisect_right(epochs, step, key=lambda e: sum(given(e))) - 1]
+    before, after = given(epoch), given(epoch + 1)
+    ends = np.cumsum([b - a for a, b in zip(before, after, strict=True)])
+    count = int(ends[-1])
+    place = int(shuffled(np.array([epoch * count + step - sum(before)]), count, seed)[0])
+    which = int(np.searchsorted(ends, place, side="right"))
+    return which, after[which] - int(ends[which]) + place
 
 
 def with_empty_rows(batch: RequestBatch, rows: int) -> RequestBatch:

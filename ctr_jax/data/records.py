@@ -26,6 +26,7 @@ from ctr_jax.features import DataColumn, DataSpec
 REQUEST = "request"  # the one feature of the TFDS data set
 HISTORIES = "histories"
 SPEC = "spec.json"
+_RECORDS_AT_ONCE = 1 << 14
 
 
 def record_dtype(spec: DataSpec) -> np.dtype:
@@ -232,6 +233,19 @@ class Requests:
             raw[here] = self._read_shard(shard, indices[here] - first)
         framed = np.dtype([("prefix", "V", len(self._prefix)), ("record", self._dtype)])
         return raw.view(framed)[:, 0]["record"]
+
+    def history_lengths(self) -> np.ndarray:
+        """How many behaviours each request may see: [len(self)] int32. Reads every record.
+
+        Raises:
+          DataError: a file is damaged.
+        """
+        field = "num_behaviours" if self.spec.inline_history else "end"
+        lengths = np.empty(len(self), np.int32)
+        for start in range(0, len(self), _RECORDS_AT_ONCE):
+            rows = np.arange(start, min(start + _RECORDS_AT_ONCE, len(self)))
+            lengths[rows] = self.records(rows)[field]
+        return lengths
 
     def read(self, indices: np.ndarray, history_length: int) -> RequestBatch:
         """The requests `indices` [B] with their last `history_length` behaviours, as numpy arrays.
