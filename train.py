@@ -29,12 +29,16 @@ ROWS = flags.DEFINE_list("rows", [], "With --plan: rows of vocabularies, as user
 RESUME_ANYWAY = flags.DEFINE_bool(
     "resume_anyway", False, "Resume another configuration's checkpoint; the log says what differs."
 )
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of the first.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: this one, from 0.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics, plots (runs/<config name>).")
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    from ctr_jax import processes
     from ctr_jax.checkpoints import ConfigMismatch, SaveFailed
     from ctr_jax.data.errors import DataError
     from ctr_jax.describe import describe
@@ -48,6 +52,7 @@ def main(argv):
         devices = int(PLAN.value[4:])
     jax.config.update("jax_num_cpu_devices", devices)  # only CPU backends read it
     logging.set_verbosity(logging.INFO)
+    processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     quiet_checkpoint_logs()
     config = CONFIG.value
     try:

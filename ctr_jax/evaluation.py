@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from ctr_jax import reports, sharding, steps
+from ctr_jax import processes, reports, sharding, steps
 from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
 from ctr_jax.config import identity
 from ctr_jax.data import open_data, pipeline, synthetic
@@ -42,16 +42,22 @@ def score_split(
     )
     plan = pipeline.eval_plan(requests, **read)
     progress = Progress(len(plan), 0, f"score {split}")
+    share = sharding.data_share(mesh)
     pending, candidates = None, []
-    for batch, planned in zip(pipeline.eval_batches(requests, **read), plan, strict=True):
+
+    def keep(batch, logits, planned):
+        batch, logits = processes.whole(batch, logits, mesh)
         candidates.append(batch.candidate_mask[: len(planned.records)].sum(1))
+        scores.add(batch, logits)
+
+    for batch, planned in zip(pipeline.eval_batches(requests, **read, **share), plan, strict=True):
         logits = score_step(weights, sharding.put_batch(batch, mesh))
         if pending is not None:  # one batch behind, so that the device works while the host adds
-            scores.add(pending[0], jax.device_get(pending[1]))
-        pending = (batch, logits)
+            keep(*pending)
+        pending = (batch, logits, planned)
         progress.advance()
     if pending is not None:
-        scores.add(pending[0], jax.device_get(pending[1]))
+        keep(*pending)
     progress.close()
     if config.length_buckets and plan:
         records = np.concatenate([planned.records for planned in plan])

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, TABLE = "data", "table"
@@ -63,6 +64,27 @@ def shardings(tree, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = STA
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(rule_for, tree)
+
+
+def data_share(mesh: Mesh) -> dict[str, int]:
+    """Which part of a global batch this process reads: {"process_index": i, "process_count": n}, as
+    ctr_jax.data.pipeline takes them.
+
+    Processes whose devices lie on the same stretch of the data axis read the same part.
+
+    Raises:
+      ValueError: this process's devices do not make one of n equal stretches of the data axis.
+    """
+    here = jax.process_index()
+    own = sorted({at[0] for at, d in np.ndenumerate(mesh.devices) if d.process_index == here})
+    size = mesh.shape[DATA]
+    index, rest = divmod(own[0], len(own)) if own else (0, 1)
+    if rest or size % len(own) or own != list(range(own[0], own[0] + len(own))):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: process {here} holds {own} of the data axis; every "
+            "process has to hold an equal, unbroken part of it"
+        )
+    return {"process_index": index, "process_count": size // len(own)}
 
 
 def put_batch(batch, mesh: Mesh):

@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctr_jax import evaluation, reports, sharding, steps
+from ctr_jax import evaluation, processes, reports, sharding, steps
 from ctr_jax.batch import RequestBatch
 from ctr_jax.checkpoints import Checkpoints, log_kept
 from ctr_jax.config import identity
@@ -72,8 +72,10 @@ def _train(
     else:
         state = steps.init_state(experiment, config.seed)
     start = int(state["step"])
-    (workdir / "train_done.json").unlink(missing_ok=True)
-    write_json(workdir / "config.json", {**config.to_dict(), "data_hash": data.spec.content_hash})
+    if processes.first():
+        (workdir / "train_done.json").unlink(missing_ok=True)
+        about = {**config.to_dict(), "data_hash": data.spec.content_hash}
+        write_json(workdir / "config.json", about)
     _describe(state, len(requests), start, total, mesh)
 
     # --- loop
@@ -84,10 +86,9 @@ def _train(
         length_buckets=config.length_buckets,
         seed=config.seed,
         start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **sharding.data_share(mesh),
     )
-    writer = MetricWriter(workdir, start)
+    writer = MetricWriter(workdir, start, active=processes.first())
     progress = Progress(total, start, config.name or "train")
     window = _Window(config, requests)
     valid, began = checkpoints.metrics(start).get("valid", {}), time.perf_counter()
@@ -114,7 +115,9 @@ def _train(
                 checkpoints.save(state, whoami)
                 if config.validate and not stopped:
                     valid = _validate(config, data, mesh, score_step, state)
-                    write_json(checkpoints.metrics_path(step), {"valid": valid})
+                    if processes.first():
+                        write_json(checkpoints.metrics_path(step), {"valid": valid})
+                    processes.barrier("measured")  # all choose by it which checkpoints stay
                     writer.write(step, _scalars("valid", valid))
                     progress.report(step, _one_line(_scalars("valid", valid)))
                 log_kept(workdir, checkpoints.prune())
@@ -127,7 +130,7 @@ def _train(
         "examples_per_second": round(window.rate(), 1),
         "valid": valid,
     }
-    if not stopped:
+    if processes.first() and not stopped:
         write_json(workdir / "train_done.json", done)
     return done
 

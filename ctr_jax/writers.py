@@ -34,9 +34,16 @@ def write_json(path: Path, content) -> None:
 
 
 class MetricWriter:
-    """Writes {name: number} per step to `<workdir>/train.jsonl` and TensorBoard event files."""
+    """Writes {name: number} per step to `<workdir>/train.jsonl` and TensorBoard event files.
 
-    def __init__(self, workdir: Path, start_step: int = 0):
+    Args:
+      active: False where another process writes them.
+    """
+
+    def __init__(self, workdir: Path, start_step: int = 0, active: bool = True):
+        self._active = active
+        if not active:
+            return
         self._path = Path(workdir) / "train.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _drop_after(self._path, start_step)
@@ -44,12 +51,16 @@ class MetricWriter:
         self._tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if not self._active:
+            return
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
+        if not self._active:
+            return
         self._file.close()
         self._tensorboard.close()
 

@@ -1,9 +1,10 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from ctr_jax.sharding import make_mesh, put_batch, shardings
+from ctr_jax.sharding import data_share, make_mesh, put_batch, shardings
 
 
 def test_tables_and_their_moments_are_split_by_rows_and_the_rest_is_not():
@@ -31,3 +32,37 @@ def test_a_batch_is_split_over_the_data_axis():
     batch = put_batch({"x": jnp.arange(8)}, mesh)
     assert {s.data.shape for s in batch["x"].addressable_shards} == {(2,)}
     assert len(jax.devices()) == 8
+
+
+class Device:
+    def __init__(self, process):
+        self.process_index = process
+
+
+class Layout:
+    """What `data_share` reads of a mesh."""
+
+    def __init__(self, processes):
+        self.devices = np.vectorize(Device, otypes=[object])(np.array(processes))
+        self.shape = {"data": len(processes), "table": len(processes[0])}
+
+
+@pytest.mark.parametrize(
+    "processes, share",
+    [
+        ([[0], [0], [0], [0]], (0, 1)),  # one process
+        ([[0, 0], [1, 1]], (1, 2)),  # each a row of the data axis
+        ([[0, 1], [2, 3]], (0, 2)),  # two processes share a row
+        ([[0, 1]], (0, 1)),  # all share it
+        ([[0], [0], [1], [1]], (1, 2)),
+    ],
+)
+def test_the_share_of_a_process(monkeypatch, processes, share):
+    monkeypatch.setattr(jax, "process_index", lambda: 1 if (1 in np.ravel(processes)) else 0)
+    assert tuple(data_share(Layout(processes)).values()) == share
+
+
+def test_a_broken_share_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    with pytest.raises(ValueError, match="unbroken part"):
+        data_share(Layout([[0], [1], [0], [1]]))

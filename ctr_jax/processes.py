@@ -1,0 +1,70 @@
+"""Several processes that train one model: Cloud TPU VMs, Slurm, or a few on one host.
+
+Every process runs the same command. On a Cloud TPU slice and under Slurm JAX finds the others by
+itself; elsewhere each is told: --coordinator=HOST:PORT --num_processes=N --process_id=I.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from ctr_jax import sharding
+from ctr_jax.batch import RequestBatch
+
+# A process that dies is noticed by the others within about this time.
+HEARTBEAT_SECONDS = 30
+
+
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of this run; nothing where it has one only.
+
+    Raises:
+      ValueError: only some of the three are given.
+    """
+    given = [x is not None for x in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise ValueError("--coordinator, --num_processes and --process_id go together")
+    if not all(given) and not found(os.environ):
+        return
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    )
+    logging.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def found(environment) -> bool:
+    """Whether the environment is one of several processes that JAX detects by itself: tasks of one
+    Slurm step, workers of one TPU slice."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or "1"
+    workers = environment.get("TPU_WORKER_HOSTNAMES") or ""
+    return int(tasks) > 1 or workers.count(",") > 0
+
+
+def first() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def whole(batch: RequestBatch, logits: jax.Array, mesh: Mesh) -> tuple[RequestBatch, jax.Array]:
+    """Each process's rows of a batch, and the logits of all of it -> all rows, on the host.
+
+    What no score is kept with, the behaviours, stays behind where there are several processes.
+    """
+    if jax.process_count() == 1:
+        return batch, jax.device_get(logits)
+    batch = batch.replace(behaviour={}, behaviour_time=batch.behaviour_time[:, :0])
+    everywhere = (sharding.put_batch(batch, mesh), logits)
+    return multihost_utils.process_allgather(everywhere, tiled=True)

@@ -1,0 +1,117 @@
+"""Training in several processes of this host, against one process with as many devices."""
+
+import json
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from ctr_jax import processes
+from tests.test_commands import ROOT, command, config_file, run  # noqa: F401
+
+MESH = ["--config.mesh.data=2", "--config.mesh.table=2"]
+
+
+def start(number, *flags):
+    """`number` processes of one run, with 4 devices in all."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            command("train.py", *flags, *MESH, f"--cpu_devices={4 // number}",
+                    f"--coordinator=localhost:{port}", f"--num_processes={number}",
+                    f"--process_id={i}"),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        )
+        for i in range(number)
+    ]  # fmt: skip
+
+
+def finish(started, timeout=300):
+    errors = [p.communicate(timeout=timeout)[1] for p in started]
+    return [p.returncode for p in started], errors
+
+
+def losses(workdir):
+    lines = (workdir / "train.jsonl").read_text().splitlines()
+    return [(r["step"], r["loss"]) for r in map(json.loads, lines) if "loss" in r]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 4])
+def test_processes_agree_with_one(config_file, tmp_path, number):  # noqa: F811
+    flags = [f"--config={config_file}", "--config.checkpoint_steps=4"]
+    one = run("train.py", *flags, *MESH, "--cpu_devices=4", "--config.total_steps=8",
+              f"--workdir={tmp_path / 'one'}")  # fmt: skip
+    assert one.returncode == 0, one.stderr[-2000:]
+    many = [*flags, f"--workdir={tmp_path / 'many'}"]
+    codes, errors = finish(start(number, *many, "--config.total_steps=4"))
+    assert codes == [0] * number, errors[0][-3000:]
+    # The second half in one process on one device: other processes, other devices, same data.
+    rest = run("train.py", *many, "--cpu_devices=1", "--config.mesh.data=1",
+               "--config.total_steps=8")  # fmt: skip
+    assert rest.returncode == 0, rest.stderr[-2000:]
+    want, got = losses(tmp_path / "one"), losses(tmp_path / "many")
+    assert [s for s, _ in got] == [s for s, _ in want] == [2, 4, 6, 8]
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5)
+    for step in (4, 8):
+        measured = [
+            json.loads((tmp_path / d / "metrics" / f"{step}.json").read_text())["valid"]
+            for d in ("one", "many")
+        ]
+        assert measured[0]["count"] == measured[1]["count"]
+        for name in ("auc", "gauc_user", "logloss"):
+            assert measured[1][name] == pytest.approx(measured[0][name], abs=1e-5), (step, name)
+
+
+@pytest.mark.slow
+def test_one_that_dies_ends_the_others(config_file, tmp_path):  # noqa: F811
+    flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}",
+             "--config.total_steps=100000", "--config.checkpoint_steps=100000"]  # fmt: skip
+    started = start(2, *flags)
+    log = tmp_path / "run" / "train.jsonl"
+    while not (log.exists() and log.stat().st_size) and started[0].poll() is None:
+        time.sleep(0.05)
+    started[1].kill()
+    began = time.monotonic()
+    codes, errors = finish(started, timeout=4 * processes.HEARTBEAT_SECONDS)
+    assert codes[0] != 0, errors[0][-2000:]
+    assert time.monotonic() - began < 3 * processes.HEARTBEAT_SECONDS
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_all_at_one_step(config_file, tmp_path):  # noqa: F811
+    flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}",
+             "--config.total_steps=100000", "--config.checkpoint_steps=100000"]  # fmt: skip
+    started = start(2, *flags)
+    log = tmp_path / "run" / "train.jsonl"
+    while not (log.exists() and log.stat().st_size) and started[0].poll() is None:
+        time.sleep(0.05)
+    started[1].terminate()
+    codes, errors = finish(started)
+    assert codes == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    (step,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert all(f"SIGTERM: saving step {step}" in e for e in errors)
+    assert losses(tmp_path / "run")[-1][0] == step
+
+
+def test_only_some_of_the_flags_are_refused():
+    with pytest.raises(ValueError, match="go together"):
+        processes.initialize(coordinator="localhost:1234")
+
+
+@pytest.mark.parametrize(
+    "environment, several",
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
+    ],
+)
+def test_what_the_environment_says(environment, several):
+    assert processes.found(environment) is several
