@@ -34,7 +34,6 @@ def base_config() -> ConfigDict:
     # Requests of a data shard that go through the model at a time, gradients adding up; 0 = all.
     # On a CPU a few at a time stay in cache, which is faster; on an accelerator it saves memory.
     config.micro_batch = 0
-    config.remat = False  # make activations anew in the backward pass: less memory, more work
     config.dtype = "float32"  # of the model's activations: float32 | bfloat16 (precision.py)
 
     # Model: config.model.module has build(config.model, spec) -> (flax module, columns).

@@ -217,22 +217,15 @@ def _gradients(experiment: Experiment) -> Callable:
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
     parts = micro_batches.parts_of(config.batch_size, config.micro_batch, mesh.shape[sharding.DATA])
 
-    def apply(params, vectors, model_state, batch, rng):
+    def loss_fn(params, vectors, model_state, batch, denominator, rng):
         params, vectors = precision.rounded((params, vectors), config.dtype)
-        return model.apply(
+        (logits, out), model_state = model.apply(
             {"params": params, **model_state},
             EmbeddedBatch(batch, vectors),
             train=True,
             rngs={"dropout": rng},
             mutable=list(model_state),
         )
-
-    if config.remat:  # keep what products of weights made, make the rest anew
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        apply = jax.checkpoint(apply, policy=policy)
-
-    def loss_fn(params, vectors, model_state, batch, denominator, rng):
-        (logits, out), model_state = apply(params, vectors, model_state, batch, rng)
         logloss = losses.binary_cross_entropy(
             logits,
             batch.label,
