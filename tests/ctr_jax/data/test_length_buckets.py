@@ -158,23 +158,18 @@ def test_a_batch_holds_one_bucket_and_is_cut_to_it(requests, ends):
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 25])
 def test_every_request_comes_as_often_as_any_other_of_its_bucket(requests, ends, batch_size):
     """After B epochs no bucket holds a remainder: each request came exactly B times."""
-    stream = train_batches(
-        requests, batch_size=batch_size, history_length=LENGTH, length_buckets=BUCKETS, seed=2
-    )
+    options = dict(batch_size=batch_size, history_length=LENGTH, length_buckets=BUCKETS, seed=2)
     times, at = collections.Counter(), 0
     sizes = collections.Counter(bucket_of(end) for end in ends)
     for epoch in range(1, batch_size + 1):
         whole = {bucket: epoch * size // batch_size for bucket, size in sizes.items()}
-        times.update(
-            np.concatenate(
-                [next(stream).request_id for _ in range(sum(whole.values()) - at)] or [[]]
-            ).tolist()
-        )
+        stream = train_batches(requests, **options, start_step=at)
+        for batch in take(stream, sum(whole.values()) - at):
+            times.update(batch.request_id.tolist())
         at = sum(whole.values())
         for request, end in enumerate(ends):
             exact = whole[bucket_of(end)] * batch_size / sizes[bucket_of(end)]
             assert np.floor(exact) <= times[request] <= np.ceil(exact)
-    stream.close()
     assert set(times.values()) == {batch_size}
 
 
