@@ -249,7 +249,7 @@ def model_config(module, **fields):
 
 LREA = dict(short_length=5, long_length=7, rank=3)
 MODELS = {
-    "sparsectr": dict(module="sparsectr_jax.model", num_layers=1, num_heads=2, num_chunks=3),
+    "sparsectr": dict(module="sparsectr_jax.model", num_layers=2, num_heads=2, num_chunks=3),
     "laser": dict(module="laser_jax.model", segment=5, num_layers=1, key_width=4, short_length=6),
     "din": dict(module="baselines_jax.din", attention_hidden=(6,)),
     "lrea": dict(module="lrea_jax.model", **LREA),
@@ -292,7 +292,7 @@ def both_lengths(config, lengths):
 def test_a_step_does_not_depend_on_the_bucket(small_config, name):
     """Logits, loss, gradient norm, and the whole state after the step, momenta included."""
     small_config.model = model_config(**MODELS[name])
-    small_config.batch_size = small_config.eval_batch_size = 16
+    small_config.batch_size = small_config.eval_batch_size = 32
     # Plain gradients: Adam's quotient turns rounding of a vanishing gradient into a whole step.
     small_config.optimizer.name = small_config.table_optimizer.name = "sgd"
     if name.startswith("lrea"):
