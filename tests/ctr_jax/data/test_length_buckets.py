@@ -286,7 +286,7 @@ def both_lengths(config, lengths):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("din", "laser") else pytest.param(name, marks=pytest.mark.slow)
+    [name if name == "din" else pytest.param(name, marks=pytest.mark.slow)
      for name in MODELS],
 )  # fmt: skip
 def test_a_step_does_not_depend_on_the_bucket(small_config, name):
