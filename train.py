@@ -66,6 +66,10 @@ def main(argv):
         done = train(config, workdir, resume_anyway=RESUME_ANYWAY.value)
     except (CannotPlan, ConfigMismatch, Damaged, DataError, NonFiniteLoss, SaveFailed) as error:
         sys.exit(f"{type(error).__name__}: {error}")  # the user's to mend: no traceback
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        processes.leave(error)
     logging.info("done: %s", done)
 
 

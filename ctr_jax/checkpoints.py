@@ -17,10 +17,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from ctr_jax import manifests
+from ctr_jax import manifests, processes
 from ctr_jax.sharding import path_name
 
 # What only the optimizer needs is its own item: an evaluator never reads it.
@@ -58,7 +59,7 @@ class Checkpoints:
         self.workdir = Path(workdir).absolute()
         self._directory = self.workdir / "checkpoints"
         self._keep_last, self._best_metric = keep_last, best_metric
-        if not read_only and jax.process_index() == 0:
+        if not read_only and processes.first():
             for leftover in self._directory.glob("*.orbax-checkpoint-tmp*"):  # of a killed save
                 shutil.rmtree(leftover)
         options = ocp.CheckpointManagerOptions(
@@ -102,7 +103,7 @@ class Checkpoints:
         """
         with self._failing(self._manager.latest_step()):
             self._manager.wait_until_finished()
-            for step in self._manager.all_steps() if jax.process_index() == 0 else ():
+            for step in self._manager.all_steps() if processes.first() else ():
                 if not manifests.exists(self._directory / str(step)):
                     manifests.write(self._directory / str(step))
 
@@ -120,7 +121,8 @@ class Checkpoints:
             ) from error
 
     def prune(self) -> list[int]:
-        """Deletes the steps that the rules do not keep; returns them."""
+        """Deletes the steps that the rules do not keep; returns them. The first process chooses:
+        an evaluator's marker may come or go between one process's look and another's."""
         self.finish()
         steps = sorted(self._manager.all_steps())
         doomed = steps_to_delete(
@@ -130,6 +132,8 @@ class Checkpoints:
             keep_last=self._keep_last,
             best_metric=self._best_metric,
         )
+        chosen = processes.from_first(np.isin(steps, doomed))
+        doomed = [step for step, delete in zip(steps, chosen, strict=True) if delete]
         for step in doomed:
             self._manager.delete(step)
         return doomed
@@ -186,15 +190,17 @@ class Checkpoints:
           Damaged: none can be read.
         """
         there = self.steps()
+        processes.barrier("listed")  # by all, before any is moved
         for step in reversed(there):
             try:
                 return self._restore_checked(shapes, identity, step, anyway)
             except manifests.Damaged as error:
                 aside = self._directory / f"{step}.damaged"
                 logging.error("%s. Moved to %s; trying the step before it", error, aside)
-                if jax.process_index() == 0:
+                if processes.first():
                     shutil.rmtree(aside, ignore_errors=True)
                     (self._directory / str(step)).rename(aside)
+                processes.barrier("moved")
                 self._manager.reload()
         if there:
             raise manifests.Damaged(
@@ -204,9 +210,7 @@ class Checkpoints:
         return None
 
     def _restore_checked(self, shapes, identity, step: int, anyway: bool) -> dict:
-        directory = self._directory / str(step)
-        if has_manifest := manifests.exists(directory):
-            manifests.check(directory)
+        has_manifest = self.check(step)
         try:
             if anyway:
                 _log_differences(self.identity(step), identity)
@@ -219,10 +223,23 @@ class Checkpoints:
             reason = " ".join(str(error).split())[:200]
             raise manifests.Damaged(f"step {step}: {type(error).__name__}: {reason}") from error
 
-    def check(self, step: int) -> None:
-        """Raises Damaged if the files of `step` are not those of its manifest, where it has one."""
-        if manifests.exists(self._directory / str(step)):
-            manifests.check(self._directory / str(step))
+    def check(self, step: int) -> bool:
+        """Whether `step` has a manifest, with which its files then agree; the first process reads
+        them for all.
+
+        Raises:
+          Damaged: they do not agree.
+        """
+        has_manifest, damage = False, None
+        if processes.first() and (has_manifest := manifests.exists(self._directory / str(step))):
+            try:
+                manifests.check(self._directory / str(step))
+            except manifests.Damaged as error:
+                damage = error
+        has_manifest, damaged = processes.from_first(np.array([has_manifest, damage is not None]))
+        if damaged:
+            raise damage or manifests.Damaged(f"step {step}: damaged; the first process says how")
+        return bool(has_manifest)
 
     def identity(self, step: int) -> dict:
         args = ocp.args.Composite(identity=ocp.args.JsonRestore())

@@ -7,8 +7,11 @@ itself; elsewhere each is told: --coordinator=HOST:PORT --num_processes=N --proc
 from __future__ import annotations
 
 import os
+import sys
+from typing import NoReturn
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -56,6 +59,25 @@ def barrier(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def leave(error: Exception) -> NoReturn:
+    """Ends this process after an error of the runtime, most likely that another one died: one line
+    and exit code 1. Python's own way out waits for the others, who may be no more."""
+    reason = " ".join(str(error).split())[:300]
+    print(
+        f"process {jax.process_index()} of {jax.process_count()}: another process has died, or "
+        f"this one failed ({reason}). End all and start them again: they resume at the newest "
+        "checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def from_first(value: np.ndarray) -> np.ndarray:
+    """The first process's value, on all of them: what one has seen in files and all act upon."""
+    return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
 
 
 def whole(batch: RequestBatch, logits: jax.Array, mesh: Mesh) -> tuple[RequestBatch, jax.Array]:
