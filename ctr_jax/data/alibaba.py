@@ -25,7 +25,6 @@ from typing import Any
 
 import duckdb
 
-from ctr_jax.data import raw
 from ctr_jax.data.builder import PreparedBuilder, Report
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.options import with_defaults
@@ -139,11 +138,16 @@ class Alibaba(PreparedBuilder, skip_registration=True):
             valid_fraction=options["valid_fraction"],
         )
 
+    @staticmethod
+    def shard_keys(options: Mapping[str, Any]) -> dict[str, str]:
+        del options
+        return {"raw_sample": '"user"', "behavior_log": '"user"', "user_profile": "userid"}
+
     def load(self, con: duckdb.DuckDBPyConnection, report: Report) -> None:
         options = complete(self.options)
         on_bad_row = options["on_bad_row"]
         tables = {
-            name: raw.load(
+            name: self.read_table(
                 con,
                 name,
                 [_raw_file(Path(options["raw_dir"]), name)],

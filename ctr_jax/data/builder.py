@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from tqdm import tqdm
 
 import seqvault
 from ctr_jax.data import histories as histories_lib
+from ctr_jax.data import raw, vocabulary
 from ctr_jax.data import requests as requests_lib
-from ctr_jax.data import vocabulary
 from ctr_jax.data.errors import DataError
-from ctr_jax.data.plan import Plan
+from ctr_jax.data.plan import Field, Plan
 from ctr_jax.data.records import HISTORIES, REQUEST, SPEC, record_dtype, request_features
 from ctr_jax.data.report import Histogram, table
 from ctr_jax.features import FIRST_KNOWN, DataSpec
@@ -66,6 +67,7 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     """
 
     VERSION = tfds.core.Version(VERSION)
+    read_table = staticmethod(raw.load)  # how `load` reads a raw table
 
     @staticmethod
     @abc.abstractmethod
@@ -80,6 +82,15 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
     @abc.abstractmethod
     def plan(options: Mapping[str, Any]) -> Plan:
         """The declaration of columns, requests and ties."""
+
+    @staticmethod
+    def shard_keys(options: Mapping[str, Any]) -> dict[str, str]:
+        """{raw table: SQL of its user}: the tables that may be cut by user, the others are small.
+
+        {} = the log cannot be prepared user by user.
+        """
+        del options
+        return {}
 
     @abc.abstractmethod
     def load(self, con: duckdb.DuckDBPyConnection, report: Report) -> None:
@@ -135,7 +146,7 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         """Fits, builds the histories, and returns {split: (number of records, their stream)}."""
         plan, report = self.plan(self.options), self._report
         self.load(con, report)
-        report["bounds"] = requests_lib.place_impressions(con, plan)
+        report["bounds"] = requests_lib.split_impressions(con, plan)
         sizes = requests_lib.group_sizes(con, plan)
         check_splits(sizes)
         dense = self.fit_vocabularies(con, plan, directory / VOCABULARIES)
@@ -144,6 +155,29 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         history_hash = histories_lib.build_histories(con, plan, dense, directory / HISTORIES, ends)
         self._digest.update(history_hash.encode())
         known = con.execute("SELECT count(*) FROM behaviours WHERE keep").fetchone()[0]
+        self.report_counts(directory, known, sizes)
+
+        encoders = self.encoders(directory / VOCABULARIES, dense)
+        encoded_users = requests_lib.encode_users(con, encoders["user"])
+        dtype = record_dtype(self.spec())
+        groups = requests_lib.group_sizes(con, plan, by_context=True)
+        prepared, first = {}, 0
+        for split in requests_lib.SPLITS:
+            count = requests_lib.num_records(groups[split], plan.max_candidates)
+            records = requests_lib.split_records(
+                con, plan, split, encoders["row"], encoded_users, dtype, directory / HISTORIES,
+                ends, first,
+            )  # fmt: skip
+            blocks = (block for _, block in records)
+            prepared[split] = (count, self.watched(split, count, blocks))
+            first += report["requests"][split]
+        return prepared
+
+    def report_counts(
+        self, directory: Path, known: int, sizes: Mapping[str, Mapping[int, int]]
+    ) -> None:
+        """Reports users, behaviours (of `known` in the log) and the sizes of requests."""
+        report = self._report
         kept = seqvault.Snapshot(directory / HISTORIES)
         report["dropped"]["behaviours of users without impressions"] = known - kept.num_behaviours
         lengths = Histogram()
@@ -157,40 +191,42 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         report["group_sizes"] = sizes
         report["history_lengths"] = {"all users": lengths.summary()}
 
-        vocabularies = directory / VOCABULARIES
-        users, rows = (
-            [vocabulary.Encoder(f, vocabularies, dense) for f in plan.group(*names)]
-            for names in (("user",), ("context", "candidate"))
-        )
-        encoded_users = requests_lib.encode_users(con, users)
-        dtype = record_dtype(self.spec())
-        groups = requests_lib.group_sizes(con, plan, by_context=True)
-        prepared, first = {}, 0
-        for split in requests_lib.SPLITS:
-            count = requests_lib.num_records(groups[split], plan.max_candidates)
-            records = requests_lib.split_records(
-                con, plan, split, rows, encoded_users, dtype, directory / HISTORIES, ends, first
-            )
-            prepared[split] = (count, self.watched(split, count, records))
-            first += report["requests"][split]
-        return prepared
+    def encoders(
+        self, vocabularies: Path, dense: dict[str, vocabulary.Dense]
+    ) -> dict[str, list[vocabulary.Encoder]]:
+        """The encoders of the "user" columns and of the columns of an impression's "row"."""
+        plan = self.plan(self.options)
+        groups = {"user": ("user",), "row": ("context", "candidate")}
+        return {
+            name: [vocabulary.Encoder(f, vocabularies, dense) for f in plan.group(*members)]
+            for name, members in groups.items()
+        }
 
     def fit_vocabularies(
-        self, con: duckdb.DuckDBPyConnection, plan: Plan, directory: Path
+        self,
+        con: duckdb.DuckDBPyConnection,
+        plan: Plan,
+        directory: Path,
+        counts: Callable[[list[Field]], str] | None = None,
     ) -> dict[str, vocabulary.Dense]:
-        """Fits and writes every vocabulary; returns the encodings of the dense columns."""
+        """Fits and writes every vocabulary; returns the encodings of the dense columns.
+
+        Args:
+          counts: gives the SQL of vocabulary.counts of fields; None = over this database.
+        """
+        counts = counts or functools.partial(vocabulary.counts, con, plan)
         directory.mkdir()
         sizes, dense, standard = {}, {}, {}
         for name, fields in plan.vocabularies("id").items():
-            sizes[name] = FIRST_KNOWN + vocabulary.fit_ids(con, plan, name, fields)
+            sizes[name] = FIRST_KNOWN + vocabulary.fit_ids(con, plan, name, counts(fields))
             self._hash_file(vocabulary.write_ids(con, name, directory))
         for name, fields in plan.vocabularies("quantile").items():
-            dense[name], counts = vocabulary.fit_quantiles(con, plan, fields)
-            sizes[name] = FIRST_KNOWN + len(counts)
-            self._hash_file(vocabulary.write_buckets(dense[name], counts, name, directory))
+            dense[name], filled = vocabulary.fit_quantiles(con, plan, counts(fields))
+            sizes[name] = FIRST_KNOWN + len(filled)
+            self._hash_file(vocabulary.write_buckets(dense[name], filled, name, directory))
         for field in plan.fields:
             if field.kind == "standard":
-                dense[field.key] = vocabulary.fit_standard(con, plan, field)
+                dense[field.key] = vocabulary.fit_standard(con, counts([field]))
                 standard[field.key] = [dense[field.key].mean, dense[field.key].scale]
         self._report["vocabularies"] = sizes
         self._report["standardised (mean, scale)"] = standard

@@ -208,7 +208,7 @@ class Eleme(PreparedBuilder, skip_registration=True):
     ) -> dict[str, tuple[int, Iterator[np.ndarray]]]:
         plan, report = self.plan(self.options), self._report
         self.load(con, report)
-        report["bounds"] = requests_lib.place_impressions(con, plan)
+        report["bounds"] = requests_lib.split_impressions(con, plan)
         sizes = requests_lib.group_sizes(con, plan)
         check_splits(sizes)
         dense = self.fit_vocabularies(con, plan, directory / VOCABULARIES)

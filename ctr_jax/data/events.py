@@ -104,6 +104,14 @@ class Events(PreparedBuilder, skip_registration=True):
             valid_fraction=options["valid_fraction"],
         )
 
+    @staticmethod
+    def shard_keys(options: Mapping[str, Any]) -> dict[str, str]:
+        options = complete(options)
+        keys = {"raw_events": options["user"], "raw_users": raw.sql_name(options["users_key"])}
+        if options["prior"]:
+            keys["raw_prior"] = raw.sql_name(options["prior"]["user"])
+        return keys
+
     def load(self, con: duckdb.DuckDBPyConnection, report: Report) -> None:
         """Creates the views of plan.py.
 
@@ -114,7 +122,7 @@ class Events(PreparedBuilder, skip_registration=True):
         options = complete(self.options)
         skip = {"on_bad_row": options["on_bad_row"], "types": options["types"]}
         root = options["raw_dir"]
-        events = raw.load(
+        events = self.read_table(
             con,
             "raw_events",
             raw.find_files(root, options["events"]),
@@ -159,7 +167,7 @@ class Events(PreparedBuilder, skip_registration=True):
         if not options["items"]:
             return "(SELECT rowid, * FROM raw_events) e"
         files = raw.find_files(options["raw_dir"], options["items"])
-        items = raw.load(con, "raw_items", files, report, **skip)
+        items = self.read_table(con, "raw_items", files, report, **skip)
         unique_key(con, items, options["items_key"])
         return f"""(SELECT rowid, *, ({options["item"]}) AS item_of_event FROM raw_events e) e
             LEFT JOIN raw_items i ON i."{options["items_key"]}" = e.item_of_event"""
@@ -191,7 +199,7 @@ class Events(PreparedBuilder, skip_registration=True):
         prior = options["prior"]
         if prior:
             files = raw.find_files(options["raw_dir"], prior["file"])
-            table = raw.load(con, "raw_prior", files, report, **skip)
+            table = self.read_table(con, "raw_prior", files, report, **skip)
             for column in (prior["user"], prior["items"], prior["time"]):
                 if column not in table.columns:
                     raise DataError(
@@ -234,7 +242,7 @@ class Events(PreparedBuilder, skip_registration=True):
                 SELECT DISTINCT user_key, user_key AS "user" FROM good_events)"""
         else:
             files = raw.find_files(options["raw_dir"], options["users"])
-            users = raw.load(con, "raw_users", files, report, **skip)
+            users = self.read_table(con, "raw_users", files, report, **skip)
             key = options["users_key"]
             unique_key(con, users, key)
             # The key itself is known even where the table lacks the user.

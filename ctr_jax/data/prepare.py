@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ FORMAT = 3
 _NOT_CONTENT = ("raw_dir", "prepared_dir", "memory_limit", "threads", "generate")
 
 
-def prepare(config: ConfigDict) -> Path:
+def prepare(config: ConfigDict, engine: Callable[..., Any] | None = None) -> Path:
     """Prepares the data set that `config` (config.data) describes, unless it is there already.
 
+    Args:
+      engine: takes the place of PreparedBuilder.prepare_splits; None is that function itself.
     Returns:
       The directory of the prepared data set.
     Raises:
@@ -52,6 +55,8 @@ def prepare(config: ConfigDict) -> Path:
             raise DataError(f"data.{name} is not set")
     files = builder_class.raw_files(options)
     builder = make_builder(builder_class, options, files)
+    if engine is not None:
+        builder.prepare_splits = functools.partial(engine, builder)
     directory = Path(builder.data_dir)
     if not is_complete(directory):
         with locked(directory.parent):

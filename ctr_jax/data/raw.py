@@ -126,17 +126,15 @@ def load(
     """
     if on_bad_row not in ("raise", "skip"):
         raise DataError(f"on_bad_row is {on_bad_row!r}; use 'raise' or 'skip'")
-    table = RawTable(name, list(files), [], dict(columns or {}), header)
+    table = create(
+        con, name, files, columns=columns, types=types, numeric=numeric, nulls=nulls, quote=quote,
+        header=header,
+    )  # fmt: skip
     for path in files:
         have = file_columns(path) if header or path.suffix in PARQUET else list(table.columns)
-        if not table.columns:
-            table.columns = _inferred(con, path, have, types or {}, numeric, nulls, quote)
         missing = [c for c in table.columns if c not in have]
         if missing:
             raise DataError(f"{path}: no column {missing[0]!r}; the file has {have}")
-        if not table.first:
-            definition = ", ".join(f"{sql_name(c)} {t}" for c, t in table.columns.items())
-            con.execute(f"CREATE OR REPLACE TABLE {name} ({definition}, filename VARCHAR)")
         table.first.append(con.execute(f"SELECT count(*) FROM {name}").fetchone()[0])
         if path.suffix in PARQUET:
             _insert_parquet(con, table, path)
@@ -153,6 +151,27 @@ def load(
         rows = con.execute(f"SELECT count(*) FROM {name}").fetchone()[0] - table.first[-1]
         report["rows"][path.name] = rows
     return table
+
+
+def create(
+    con: duckdb.DuckDBPyConnection,
+    name: str,
+    files: Sequence[Path],
+    *,
+    columns: Mapping[str, str] | None = None,
+    types: Mapping[str, str] | None = None,
+    numeric: Sequence[str] = (),
+    nulls: Sequence[str] = ("",),
+    quote: str = '"',
+    header: bool = True,
+) -> RawTable:
+    """Creates the table `name`, still without rows; see `load` for the options."""
+    if not columns:
+        have = file_columns(files[0])
+        columns = _inferred(con, files[0], have, types or {}, numeric, nulls, quote)
+    definition = ", ".join(f"{sql_name(c)} {t}" for c, t in columns.items())
+    con.execute(f"CREATE OR REPLACE TABLE {name} ({definition}, filename VARCHAR)")
+    return RawTable(name, list(files), [], dict(columns), header)
 
 
 def file_columns(path: Path) -> list[str]:

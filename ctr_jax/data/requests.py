@@ -27,16 +27,23 @@ _GROUP = {
 }
 
 
-def place_impressions(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, float | None]:
-    """Creates the view `placed`: impressions with request_order, request_time and split.
+# The impressions by moment: what the bounds of the splits are found from. Adds up over users.
+MOMENTS = """
+    SELECT "range", request_order, count(*) AS n, min(order_time) AS earliest
+    FROM ranged GROUP BY ALL"""
 
-    Also creates the tables user_ids (user_key, "user"), user_training (user_key, n: its training
-    impressions) and the view behaviours_fit (behaviours that vocabularies may count).
 
-    Returns:
-      {"valid_from": first order_time of the valid tail (None if the log names its own valid
-      range), "behaviours_before": the bound of behaviours_fit (None if the plan has its own)}.
-    """
+def split_impressions(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, float | None]:
+    """Finds the bounds of the splits and creates what `place_impressions` does; returns them."""
+    range_impressions(con, plan)
+    con.execute(f"CREATE OR REPLACE TABLE moments AS {MOMENTS}")
+    bounds = find_bounds(con, plan)
+    place_impressions(con, plan, bounds)
+    return bounds
+
+
+def range_impressions(con: duckdb.DuckDBPyConnection, plan: Plan) -> None:
+    """Creates the view `ranged`: impressions of a range, with request_order and request_time."""
     if plan.request == "key":
         con.execute(
             """
@@ -55,8 +62,35 @@ def place_impressions(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, f
         CREATE OR REPLACE VIEW ranged AS SELECT i.*, {times} FROM {source}
         WHERE i."range" IS NOT NULL"""
     )
-    own_valid = con.execute("SELECT count(*) FROM ranged WHERE \"range\" = 'valid'").fetchone()[0]
+
+
+def find_bounds(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, float | None]:
+    """The bounds of the splits, from the table `moments` (MOMENTS).
+
+    Returns:
+      {"valid_from": first order_time of the valid tail (None if the log names its own valid
+      range), "behaviours_before": the bound of behaviours_fit (None if the plan has its own)}.
+    """
+    own_valid = con.execute("SELECT count(*) FROM moments WHERE \"range\" = 'valid'").fetchone()[0]
     valid_from = None if own_valid else _tail_start(con, plan.valid_fraction)
+    bound = None
+    if not plan.fit_behaviours:
+        held_out = "\"range\" IN ('valid', 'test')"
+        if valid_from is not None:
+            held_out += f" OR request_order >= {valid_from!r}"
+        bound = con.execute(f"SELECT min(earliest) FROM moments WHERE {held_out}").fetchone()[0]
+    return {"valid_from": valid_from, "behaviours_before": bound}
+
+
+def place_impressions(
+    con: duckdb.DuckDBPyConnection, plan: Plan, bounds: Mapping[str, float | None]
+) -> None:
+    """Creates the view `placed`: `ranged` with split.
+
+    Also creates the tables user_ids (user_key, "user"), user_training (user_key, n: its training
+    impressions) and the view behaviours_fit (behaviours that vocabularies may count).
+    """
+    valid_from, bound = bounds["valid_from"], bounds["behaviours_before"]
     split = '"range"'
     if valid_from is not None:
         split = f"CASE WHEN \"range\" = 'train' AND request_order >= {valid_from!r} THEN 'valid' "
@@ -73,18 +107,14 @@ def place_impressions(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, f
         CREATE OR REPLACE TABLE user_training AS
         SELECT user_key, count(*) AS n FROM placed WHERE split = 'train' GROUP BY user_key"""
     )
-    bound, predicate = None, plan.fit_behaviours
+    predicate = plan.fit_behaviours
     if not predicate:
-        bound = con.execute(
-            "SELECT min(order_time) FROM placed WHERE split IN ('valid', 'test')"
-        ).fetchone()[0]
         predicate = "TRUE" if bound is None else f"order_time < {bound!r}"
     con.execute(
         f"""
         CREATE OR REPLACE VIEW behaviours_fit AS
         SELECT * FROM behaviours SEMI JOIN user_ids USING (user_key) WHERE keep AND ({predicate})"""
     )
-    return {"valid_from": valid_from, "behaviours_before": bound}
 
 
 def _tail_start(con: duckdb.DuckDBPyConnection, fraction: float) -> float | None:
@@ -93,11 +123,12 @@ def _tail_start(con: duckdb.DuckDBPyConnection, fraction: float) -> float | None
     Impressions of one moment stay together, so the tail may be a little short of the fraction, or
     be a single moment that is longer. None when there are no training impressions.
     """
-    total = con.execute("SELECT count(*) FROM ranged WHERE \"range\" = 'train'").fetchone()[0]
+    total = con.execute(
+        "SELECT coalesce(sum(n), 0) FROM moments WHERE \"range\" = 'train'"
+    ).fetchone()[0]
     moments = con.cursor().sql(
         """
-        SELECT request_order, count(*) AS n FROM ranged WHERE "range" = 'train'
-        GROUP BY 1 ORDER BY 1 DESC"""
+        SELECT request_order, n FROM moments WHERE "range" = 'train' ORDER BY 1 DESC"""
     )
     start, tail = None, 0
     for batch in moments.to_arrow_reader(BATCH_ROWS):
@@ -168,10 +199,13 @@ def split_records(
     histories: Path,
     ends: Path,
     first_request: int,
-) -> Iterator[np.ndarray]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Records of one split in the order of (request time, user, request), in structured arrays.
 
     Candidates are in file order. Requests are numbered from `first_request`.
+
+    Yields:
+      request_order [N] and the records [N].
     """
     select = "".join(f", {e.sql('i')}" for e in encoders)
     end, join = "", ""
@@ -187,6 +221,8 @@ def split_records(
     carry: dict[str, np.ndarray] = {}
     request = first_request
     for batch in con.cursor().sql(query).to_arrow_reader(BATCH_ROWS):
+        if not batch.num_rows:
+            continue
         known = {e.field.key: e.encode(batch[e.field.key]) for e in encoders}
         rows = {
             n: known[n] if n in known else batch[n].to_numpy(zero_copy_only=False)
@@ -224,8 +260,8 @@ def _fill(
     users: Mapping[str, np.ndarray],
     dtype: np.dtype,
     histories: Path,
-) -> np.ndarray:
-    """Structured records of whole requests; `numbers` [N] are the rows' request ids."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Order and records of whole requests; `numbers` [N] are the rows' request ids."""
     c, n = plan.max_candidates, len(numbers)
     start = np.flatnonzero(_changes([rows[f"g{g}"] for g in range(num_groups)]))
     sizes = np.diff(np.append(start, n))
@@ -253,7 +289,7 @@ def _fill(
         records[field.key][record, slot] = rows[field.key]
     records["label"][record, slot] = rows["label"]
     records["num_candidates"] = np.bincount(record, minlength=len(records))
-    return records
+    return rows["g0"][head], records  # every grouping begins with request_order
 
 
 def _quoted(path: Path) -> str:

@@ -45,7 +45,8 @@ def check_rows(
             number, what, value = first
             raise DataError(
                 f"{table.place(number)}: {what}: {value!r}; correct the row, or set "
-                "data.on_bad_row = 'skip' to leave such rows out"
+                "data.on_bad_row = 'skip' to leave such rows out",
+                order=(1, table.name, number),
             )
         return "TRUE"
     counts = con.execute(
@@ -70,5 +71,6 @@ def unique_key(con: duckdb.DuckDBPyConnection, table: RawTable, column: str) -> 
     ).fetchone()
     if twice is not None:
         raise DataError(
-            f"{table.place(twice[1])}: {column} {twice[0]!r} occurs twice; keep one row"
+            f"{table.place(twice[1])}: {column} {twice[0]!r} occurs twice; keep one row",
+            order=(0, table.name, twice[1]),
         )

@@ -55,24 +55,42 @@ def table_name(vocabulary: str) -> str:
     return f'"vocabulary {vocabulary}"'
 
 
-def fit_ids(con: duckdb.DuckDBPyConnection, plan: Plan, name: str, fields: list[Field]) -> int:
-    """Creates the table (value, id, count) of one vocabulary; returns its number of known values.
+def counts(con: duckdb.DuckDBPyConnection, plan: Plan, fields: list[Field]) -> str:
+    """SQL of what a vocabulary, or one standardised column, is fitted on; adds up over users."""
+    if fields[0].kind == "id":
+        return id_counts(con, plan, fields)
+    return value_counts(plan, fields)
+
+
+def id_counts(con: duckdb.DuckDBPyConnection, plan: Plan, fields: list[Field]) -> str:
+    """SQL of (value, source, n) of one vocabulary; adds up over users.
 
     Counts the training impressions (user columns once per impression) and the behaviours that
-    `behaviours_fit` holds; see Plan.impressions_are_behaviours for how the two are joined.
+    `behaviours_fit` holds.
     """
     type_name = id_type(con, plan, fields)
-    parts = [_counts(plan, f, type_name) for f in fields]
+    parts = " UNION ALL ".join(_counts(plan, f, type_name) for f in fields)
+    return f"""
+        SELECT value, source, CAST(sum(n) AS BIGINT) AS n FROM ({parts})
+        WHERE value IS NOT NULL GROUP BY ALL"""
+
+
+def fit_ids(con: duckdb.DuckDBPyConnection, plan: Plan, name: str, counts: str) -> int:
+    """Creates the table (value, id, count) of one vocabulary; returns its number of known values.
+
+    Args:
+      counts: SQL of its (value, source, n); see Plan.impressions_are_behaviours for how the two
+        sources are joined.
+    """
     group_count = "max(n)" if plan.impressions_are_behaviours else "sum(n)"
     con.execute(
         f"""
         CREATE OR REPLACE TABLE {table_name(name)} AS
-        WITH seen AS ({" UNION ALL ".join(parts)}),
-        by_source AS (SELECT value, source, sum(n) AS n FROM seen GROUP BY ALL),
+        WITH by_source AS ({counts}),
         total AS (SELECT value, CAST({group_count} AS BIGINT) AS n FROM by_source GROUP BY value)
         SELECT value, n AS count,
                CAST(row_number() OVER (ORDER BY n DESC, value) + {FIRST_KNOWN - 1} AS INTEGER) AS id
-        FROM total WHERE n >= {plan.min_count} AND value IS NOT NULL
+        FROM total WHERE n >= {plan.min_count}
         """
     )
     return con.execute(f"SELECT count(*) FROM {table_name(name)}").fetchone()[0]
@@ -133,20 +151,23 @@ class Dense:
 
 
 def fit_quantiles(
-    con: duckdb.DuckDBPyConnection, plan: Plan, fields: list[Field]
+    con: duckdb.DuckDBPyConnection, plan: Plan, counts: str
 ) -> tuple[Dense, list[int]]:
     """Edges at the k / buckets quantiles of the training rows, equal edges merged; bucket counts.
 
     The edges are values of the data (the smallest value with at least a share k / buckets of the
     rows below it), found in one pass over the sorted distinct values, so memory is constant.
+
+    Args:
+      counts: SQL of the values and their counts, as of `value_counts`.
     """
-    total = sum(int(n.sum()) for _, n in _sorted_values(con, plan, fields))
+    total = sum(int(n.sum()) for _, n in _sorted_values(con, counts))
     targets = [k * total / plan.buckets for k in range(1, plan.buckets)]
     edges: list[float] = []
     below, k = 0, 0
-    for values, counts in _sorted_values(con, plan, fields):
-        ends = below + np.cumsum(counts)
-        starts = ends - counts
+    for values, n in _sorted_values(con, counts):
+        ends = below + np.cumsum(n)
+        starts = ends - n
         while k < len(targets) and targets[k] <= starts[-1]:
             edge = float(values[np.searchsorted(starts, targets[k])])
             if not edges or edge > edges[-1]:
@@ -155,18 +176,16 @@ def fit_quantiles(
         below = int(ends[-1])
     dense = Dense(np.asarray(edges, np.float64))
     filled = np.zeros(len(edges) + 1, np.int64)
-    for values, counts in _sorted_values(con, plan, fields):
-        np.add.at(filled, np.searchsorted(dense.edges, values, side="right"), counts)
+    for values, n in _sorted_values(con, counts):
+        np.add.at(filled, np.searchsorted(dense.edges, values, side="right"), n)
     return dense, filled.tolist()
 
 
-def fit_standard(con: duckdb.DuckDBPyConnection, plan: Plan, field: Field) -> Dense:
+def fit_standard(con: duckdb.DuckDBPyConnection, counts: str) -> Dense:
     """Mean and standard deviation over the training rows, summed exactly (math.fsum)."""
 
     def total(term) -> float:
-        return math.fsum(
-            x for v, n in _sorted_values(con, plan, [field]) for x in term(v, n).tolist()
-        )
+        return math.fsum(x for v, n in _sorted_values(con, counts) for x in term(v, n).tolist())
 
     rows = total(lambda v, n: n.astype(np.float64))
     if not rows:
@@ -176,10 +195,8 @@ def fit_standard(con: duckdb.DuckDBPyConnection, plan: Plan, field: Field) -> De
     return Dense(None, mean, math.sqrt(variance) or 1.0)
 
 
-def _sorted_values(
-    con: duckdb.DuckDBPyConnection, plan: Plan, fields: list[Field]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Distinct finite training values in ascending order with their counts, in batches."""
+def value_counts(plan: Plan, fields: list[Field]) -> str:
+    """SQL of the distinct finite training values with counts (value, n); adds up over users."""
     parts = []
     for field in fields:
         view = view_of(plan, field.group)
@@ -192,9 +209,16 @@ def _sorted_values(
             f'SELECT CAST("{field.key}" AS DOUBLE) AS value, {count} AS n FROM {view} {join} '
             f"{where} GROUP BY 1"
         )
-    query = f"""
+    return f"""
         SELECT value, CAST(sum(n) AS BIGINT) AS n FROM ({" UNION ALL ".join(parts)})
-        WHERE isfinite(value) GROUP BY value ORDER BY value"""
+        WHERE isfinite(value) GROUP BY value"""
+
+
+def _sorted_values(
+    con: duckdb.DuckDBPyConnection, counts: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Values in ascending order with their counts, in batches."""
+    query = f"SELECT value, n FROM ({counts}) ORDER BY value"
     for batch in con.cursor().sql(query).to_arrow_reader(_BATCH_ROWS):
         if batch.num_rows:
             yield batch["value"].to_numpy(), batch["n"].to_numpy()

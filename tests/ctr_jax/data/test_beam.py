@@ -1,0 +1,165 @@
+"""Preparation through Beam's direct runner: the embedded engine's data set, for any sharding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctr_jax.data import synthetic
+from ctr_jax.data.errors import DataError
+from ctr_jax.data.prepare import prepare
+from ctr_jax.data.prepare_beam import prepare_beam
+from ctr_jax.data.records import PreparedData
+from tests.ctr_jax.data import raw_logs, test_alibaba, test_events
+
+pytest.importorskip("apache_beam", reason="Apache Beam is not installed (pip install -e '.[beam]')")
+from ctr_jax.data.beam import engine, merging  # noqa: E402
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Everything that must be equal: descriptions, vocabularies, histories, records."""
+    found = {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    for name in [n for n in found if n.endswith(("report.json", ".parquet"))]:
+        del found[name]
+    return found
+
+
+def assert_same(first: Path, second: Path) -> None:
+    assert (first / "spec.json").read_text() == (second / "spec.json").read_text()
+    reports = [json.loads((path / "report.json").read_text()) for path in (first, second)]
+    assert reports[0] == reports[1]
+    assert files(first) == files(second)
+    assert PreparedData.open(second).histories.verify() == []
+
+
+def compare(config: dict, tmp_path: Path, shards: tuple[int, ...]) -> None:
+    path = prepare({**config, "prepared_dir": str(tmp_path / "embedded")})
+    for n in shards:
+        directory = str(tmp_path / f"beam-{n}")
+        assert_same(path, prepare_beam({**config, "prepared_dir": directory}, n))
+
+
+@pytest.mark.slow
+def test_the_demo_layout_for_any_number_of_shards(tmp_path):
+    synthetic.generate(
+        tmp_path / "raw", synthetic.SyntheticConfig(users=300, behaviours=120, bad_stamps=0.01)
+    )
+    config = {"builder": "alibaba", "raw_dir": str(tmp_path / "raw"), "valid_fraction": 0.1}
+    compare(config, tmp_path, (1, 3, 8))
+
+
+def test_bad_rows_are_counted_the_same_and_users_may_be_disjoint(tmp_path):
+    log = test_alibaba.draw(0)
+    test_alibaba.write(tmp_path / "raw", log)
+    with open(tmp_path / "raw" / "raw_sample.csv", "a") as file:
+        file.write("7,1494000000,1,430548_1007,0,0\nx,1494000000,1,430548_1007,0,1\n")
+        file.write(",1494000000,1,430548_1007,0,1\n1,2\n")
+    config = test_alibaba.config(tmp_path, on_bad_row="skip", disjoint_users=0.3)
+    compare(config, tmp_path, (3,))
+
+
+EVENTS = [
+    {"ties": "order"},
+    {
+        "request": "e.session",
+        "max_candidates": 2,
+        "items": "items.parquet",
+        "users": "users.parquet",
+        "prior": {"file": "prior.parquet", "user": "user", "items": "seen", "time": "last",
+                  "behaviour": {"item": "p.item", "rating": "NULL"}},
+        "context": {"tab": "tab"},
+        "candidate": {"item": "e.item", "author": "author", "length": "length"},
+        "user_columns": {"user_id": '"user"', "age": "age", "fans": "fans"},
+        "kinds": {"candidate/length": "standard", "user/fans": "quantile"},
+        "buckets": 4,
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", EVENTS, ids=["order", "sessions"])
+@pytest.mark.parametrize(
+    "shards", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
+def test_a_log_of_events(tmp_path, changes, shards):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "parquet", parts=3)
+    compare(test_events.config(tmp_path, **changes), tmp_path, (shards,))
+
+
+def test_of_several_bad_rows_the_embedded_engines_first_is_named(tmp_path):
+    log = raw_logs.draw(0)
+    for row in (120, 60, 61, 300):
+        log["events"][row]["ts"] = -1 - row
+    raw_logs.write(tmp_path / "raw", log, "parquet", parts=2)
+    config = test_events.config(tmp_path)
+    with pytest.raises(DataError, match="negative time: '-61'") as expected:
+        prepare(config)
+    with pytest.raises(DataError) as found:
+        prepare_beam(config, 8)
+    assert str(found.value) == str(expected.value)
+
+
+def test_a_malformed_row_gets_the_same_message(tmp_path):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "csv", parts=2)
+    with open(tmp_path / "raw" / "events-1.csv", "a") as file:
+        file.write("1,2\n")
+    config = test_events.config(tmp_path, events="events-*.csv")
+    messages = []
+    for run in (prepare, lambda c: prepare_beam(c, 2)):
+        with pytest.raises(DataError, match="row of the wrong width") as error:
+            run(config)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_run_that_dies_leaves_nothing_that_is_accepted(tmp_path, monkeypatch):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "parquet")
+    config = test_events.config(tmp_path)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_merge_records", die)  # all four pipelines are through
+        with pytest.raises(KeyboardInterrupt):
+            prepare_beam(config, 2)
+    left = list((tmp_path / "prepared").rglob("spec.json"))
+    assert left == []
+    assert PreparedData.open(prepare_beam(config, 2)).spec.content_hash
+
+
+def test_what_cannot_be_cut_by_user_is_refused(tmp_path):
+    with pytest.raises(DataError, match="--shards is 0; use at least 1"):
+        prepare_beam({}, 0)
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "parquet")
+    config = test_events.config(tmp_path, items="items.parquet", user="i.author")
+    with pytest.raises(DataError, match="cannot be told from raw_events alone"):
+        prepare_beam(config, 2)
+    for name in ("taobao", "amazon", "eleme"):
+        from ctr_jax.data.prepare import find_builder
+
+        assert find_builder(name).shard_keys({}) == {}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_merged_streams_are_the_sorted_whole(seed):
+    rng = np.random.default_rng(seed)
+    order, user = rng.integers(0, 30, (2, 500))
+    place = np.arange(500)
+    streams = []
+    for shard in range(4):
+        mine = np.flatnonzero(user % 4 == shard)
+        mine = mine[np.lexsort([place[mine], user[mine], order[mine]])]
+        cuts = np.sort(rng.integers(0, len(mine), 6))
+        streams.append(
+            [
+                {"order": order[part], "user": user[part], "place": place[part]}
+                for part in np.split(mine, cuts)
+            ]
+        )
+    blocks = list(merging.merged(streams, ("order", "user")))
+    found = np.concatenate([block["place"] for block in blocks])
+    assert found.tolist() == np.lexsort([place, user, order]).tolist()
+    assert max(len(block["place"]) for block in blocks) < 500
