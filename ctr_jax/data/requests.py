@@ -29,8 +29,7 @@ _GROUP = {
 
 # The impressions by moment: what the bounds of the splits are found from. Adds up over users.
 MOMENTS = """
-    SELECT "range", request_order, count(*) AS n, min(order_time) AS earliest
-    FROM ranged GROUP BY ALL"""
+    SELECT "range", request_order, count(*) AS n FROM ranged GROUP BY ALL"""
 
 
 def split_impressions(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, float | None]:
@@ -78,7 +77,9 @@ def find_bounds(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, float |
         held_out = "\"range\" IN ('valid', 'test')"
         if valid_from is not None:
             held_out += f" OR request_order >= {valid_from!r}"
-        bound = con.execute(f"SELECT min(earliest) FROM moments WHERE {held_out}").fetchone()[0]
+        bound = con.execute(f"SELECT min(request_order) FROM moments WHERE {held_out}").fetchone()[
+            0
+        ]
     return {"valid_from": valid_from, "behaviours_before": bound}
 
 
