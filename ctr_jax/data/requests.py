@@ -29,8 +29,7 @@ _GROUP = {
 
 # The impressions by moment: what the bounds of the splits are found from. Adds up over users.
 MOMENTS = """
-    SELECT "range", request_order, count(*) AS n, min(order_time) AS earliest
-    FROM ranged GROUP BY ALL"""
+    SELECT "range", request_order, count(*) AS n FROM ranged GROUP BY ALL"""
 
 
 def split_impressions(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, float | None]:
@@ -78,7 +77,9 @@ def find_bounds(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, float |
         held_out = "\"range\" IN ('valid', 'test')"
         if valid_from is not None:
             held_out += f" OR request_order >= {valid_from!r}"
-        bound = con.execute(f"SELECT min(earliest) FROM moments WHERE {held_out}").fetchone()[0]
+        bound = con.execute(f"SELECT min(request_order) FROM moments WHERE {held_out}").fetchone()[
+            0
+        ]
     return {"valid_from": valid_from, "behaviours_before": bound}
 
 
@@ -236,11 +237,18 @@ def split_records(
         if last:
             done = {n: c[:last] for n, c in rows.items()}
             numbers = request + np.cumsum(new_request[:last]) - 1
-            yield _fill(done, numbers, len(groups), plan, users, dtype, histories)
+            records = _fill(done, numbers, len(groups), plan, users, dtype, histories)
+            yield _order(done, numbers, records), records
             request = int(numbers[-1]) + 1
     if carry:
         numbers = np.full(len(carry["user"]), request)
-        yield _fill(carry, numbers, len(groups), plan, users, dtype, histories)
+        records = _fill(carry, numbers, len(groups), plan, users, dtype, histories)
+        yield _order(carry, numbers, records), records
+
+
+def _order(rows: dict[str, np.ndarray], numbers: np.ndarray, records: np.ndarray) -> np.ndarray:
+    """The request_order of records, by which every grouping of _GROUP begins: [N]."""
+    return rows["g0"][np.searchsorted(numbers, records["request_id"])]
 
 
 def _changes(keys: list[np.ndarray]) -> np.ndarray:
@@ -260,8 +268,8 @@ def _fill(
     users: Mapping[str, np.ndarray],
     dtype: np.dtype,
     histories: Path,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Order and records of whole requests; `numbers` [N] are the rows' request ids."""
+) -> np.ndarray:
+    """Structured records of whole requests; `numbers` [N] are the rows' request ids."""
     c, n = plan.max_candidates, len(numbers)
     start = np.flatnonzero(_changes([rows[f"g{g}"] for g in range(num_groups)]))
     sizes = np.diff(np.append(start, n))
@@ -289,7 +297,7 @@ def _fill(
         records[field.key][record, slot] = rows[field.key]
     records["label"][record, slot] = rows["label"]
     records["num_candidates"] = np.bincount(record, minlength=len(records))
-    return rows["g0"][head], records  # every grouping begins with request_order
+    return records
 
 
 def _quoted(path: Path) -> str:

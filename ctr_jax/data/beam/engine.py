@@ -135,8 +135,8 @@ def _find_bounds(
         _ = (
             _shards(pipeline, job)
             | "count moments" >> beam.ParDo(shards.CountMoments(job))
-            | beam.CombinePerKey(_add_moments)
-            | beam.Map(lambda pair: (path.name, (*pair[0], *pair[1])))
+            | beam.CombinePerKey(sum)
+            | beam.Map(lambda pair: (path.name, (*pair[0], pair[1])))
             | beam.GroupByKey()
             | beam.ParDo(WriteTable(job.scratch, {path.name: schema}))
         )
@@ -205,11 +205,6 @@ def _no_sizes() -> dict[str, dict[int, int]]:
 def _add(total: dict, counts: dict) -> None:
     for key, count in counts.items():
         total[key] = total.get(key, 0) + count
-
-
-def _add_moments(values) -> tuple[int, float]:
-    numbers, earliest = zip(*values, strict=True)
-    return sum(numbers), min(earliest)
 
 
 def _add_pairs(values) -> tuple[int, int]:

@@ -46,7 +46,7 @@ def by_user(job: Job, pass_name: str, shard: int) -> Path:
 
 
 class CountMoments(beam.DoFn):
-    """shard -> ((range, request_order), (impressions, earliest order_time)).
+    """shard -> ((range, request_order), impressions).
 
     Writes the result moments-<shard>: the counts of the row checks, or their error.
     """
@@ -54,7 +54,7 @@ class CountMoments(beam.DoFn):
     def __init__(self, job: Job):
         self.job = job
 
-    def process(self, shard: int) -> Iterator[tuple[tuple, tuple]]:
+    def process(self, shard: int) -> Iterator[tuple[tuple, int]]:
         report: dict[str, Any] = {"rows": {}, "skipped": {}, "dropped": {}}
         with local_database(self.job.options) as con:
             try:
@@ -63,8 +63,8 @@ class CountMoments(beam.DoFn):
                 report["error"], report["order"] = str(error), error.order
             else:
                 requests_lib.range_impressions(con, builder.plan(builder.options))
-                for name, order, n, earliest in _rows(con, requests_lib.MOMENTS):
-                    yield (name, order), (n, earliest)
+                for name, order, n in _rows(con, requests_lib.MOMENTS):
+                    yield (name, order), n
         write_result(self.job.result(f"moments-{shard}"), report)
 
 

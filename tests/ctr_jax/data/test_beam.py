@@ -51,6 +51,7 @@ def test_the_demo_layout_for_any_number_of_shards(tmp_path):
     compare(config, tmp_path, (1, 3, 8))
 
 
+@pytest.mark.slow
 def test_bad_rows_are_counted_the_same_and_users_may_be_disjoint(tmp_path):
     log = test_alibaba.draw(0)
     test_alibaba.write(tmp_path / "raw", log)
@@ -61,31 +62,36 @@ def test_bad_rows_are_counted_the_same_and_users_may_be_disjoint(tmp_path):
     compare(config, tmp_path, (3,))
 
 
-EVENTS = [
-    {"ties": "order"},
-    {
-        "request": "e.session",
-        "max_candidates": 2,
-        "items": "items.parquet",
-        "users": "users.parquet",
-        "prior": {"file": "prior.parquet", "user": "user", "items": "seen", "time": "last",
-                  "behaviour": {"item": "p.item", "rating": "NULL"}},
-        "context": {"tab": "tab"},
-        "candidate": {"item": "e.item", "author": "author", "length": "length"},
-        "user_columns": {"user_id": '"user"', "age": "age", "fans": "fans"},
-        "kinds": {"candidate/length": "standard", "user/fans": "quantile"},
-        "buckets": 4,
+SESSIONS = {
+    "request": "e.session",
+    "max_candidates": 2,
+    "items": "items.parquet",
+    "users": "users.parquet",
+    "prior": {
+        "file": "prior.parquet",
+        "user": "user",
+        "items": "seen",
+        "time": "last",
+        "behaviour": {"item": "p.item", "rating": "NULL"},
     },
-]  # fmt: skip
+    "context": {"tab": "tab"},
+    "candidate": {"item": "e.item", "author": "author", "length": "length"},
+    "user_columns": {"user_id": '"user"', "age": "age", "fans": "fans"},
+    "kinds": {"candidate/length": "standard", "user/fans": "quantile"},
+    "buckets": 4,
+}
 
 
-@pytest.mark.parametrize("changes", EVENTS, ids=["order", "sessions"])
-@pytest.mark.parametrize(
-    "shards", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
-)
-def test_a_log_of_events(tmp_path, changes, shards):
+def test_a_log_of_sessions_with_every_kind_of_column(tmp_path):
     raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "parquet", parts=3)
-    compare(test_events.config(tmp_path, **changes), tmp_path, (shards,))
+    compare(test_events.config(tmp_path, **SESSIONS), tmp_path, (3,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [SESSIONS, {"ties": "order"}], ids=["sessions", "order"])
+def test_a_log_of_events_for_any_number_of_shards(tmp_path, changes):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(1), "parquet", parts=2)
+    compare(test_events.config(tmp_path, **changes), tmp_path, (1, 3, 8))
 
 
 def test_of_several_bad_rows_the_embedded_engines_first_is_named(tmp_path):
@@ -114,6 +120,7 @@ def test_a_malformed_row_gets_the_same_message(tmp_path):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_leaves_nothing_that_is_accepted(tmp_path, monkeypatch):
     raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "parquet")
     config = test_events.config(tmp_path)
