@@ -52,7 +52,10 @@ def main(argv):
         devices = int(PLAN.value[4:])
     jax.config.update("jax_num_cpu_devices", devices)  # only CPU backends read it
     logging.set_verbosity(logging.INFO)
-    processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    try:
+        processes.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    except ValueError as error:
+        sys.exit(str(error))
     quiet_checkpoint_logs()
     config = CONFIG.value
     try:
@@ -65,11 +68,9 @@ def main(argv):
         workdir = WORKDIR.value or Path("runs") / config.name
         done = train(config, workdir, resume_anyway=RESUME_ANYWAY.value)
     except (CannotPlan, ConfigMismatch, Damaged, DataError, NonFiniteLoss, SaveFailed) as error:
-        sys.exit(f"{type(error).__name__}: {error}")  # the user's to mend: no traceback
+        processes.leave(f"{type(error).__name__}: {error}")  # the user's to mend: no traceback
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        processes.leave(error)
+        processes.leave_broken(error)
     logging.info("done: %s", done)
 
 

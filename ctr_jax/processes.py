@@ -29,11 +29,15 @@ def initialize(
     """Joins the processes of this run; nothing where it has one only.
 
     Raises:
-      ValueError: only some of the three are given.
+      ValueError: only some of the three are given, or process_id is not one of 0 .. N - 1.
     """
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
         raise ValueError("--coordinator, --num_processes and --process_id go together")
+    if all(given) and not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process_id={process_id} is not in 0 .. {num_processes - 1} (--num_processes - 1)"
+        )
     if not all(given) and not found(os.environ):
         return
     jax.distributed.initialize(
@@ -61,18 +65,29 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def leave(error: Exception) -> NoReturn:
-    """Ends this process after an error of the runtime, most likely that another one died: one line
-    and exit code 1. Python's own way out waits for the others, who may be no more."""
-    reason = " ".join(str(error).split())[:300]
-    print(
-        f"process {jax.process_index()} of {jax.process_count()}: another process has died, or "
-        f"this one failed ({reason}). End all and start them again: they resume at the newest "
-        "checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
+def leave(message: str) -> NoReturn:
+    """Ends this process with one line and exit code 1.
+
+    One of several does not take Python's way out, where JAX waits for the others: they may be no
+    more, or be waiting for this one and notice only that it is gone.
+    """
+    if jax.process_count() == 1:
+        sys.exit(message)
+    print(f"process {jax.process_index()} of {jax.process_count()}: {message}",
+          file=sys.stderr, flush=True)  # fmt: skip
     os._exit(1)
+
+
+def leave_broken(error: Exception) -> NoReturn:
+    """`leave` after an error of the runtime, where most likely another process has died; raises it
+    again where there is only one."""
+    if jax.process_count() == 1:
+        raise error
+    reason = " ".join(str(error).split())[:300]
+    leave(
+        f"another process has died, or this one failed ({reason}). End all and start them again: "
+        "they resume at the newest checkpoint"
+    )
 
 
 def from_first(value: np.ndarray) -> np.ndarray:

@@ -59,6 +59,23 @@ def test_absent_files_are_named_with_the_way_out(tmp_path):
     assert str(tmp_path) in done.stderr and "sparsectr_alibaba.py:demo" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--coordinator=localhost:9"], "go together"),
+        (
+            ["--coordinator=localhost:9", "--num_processes=2", "--process_id=2"],
+            "--process_id=2 is not in 0 .. 1",
+        ),
+    ],
+    ids=["some", "out of range"],
+)
+def test_wrong_flags_of_several_processes_are_one_line(flags, says):
+    done = run("train.py", "--config=configs/sparsectr_movielens.py", *flags)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert says in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(config_file, tmp_path):
     flags = [f"--config={config_file}", "--cpu_devices=1"]

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from ctr_jax import manifests
+from ctr_jax import manifests, processes
 from ctr_jax.checkpoints import Checkpoints, ConfigMismatch, SaveFailed
 from ctr_jax.data import pipeline
 from ctr_jax.evaluation import evaluate
@@ -102,6 +102,21 @@ def test_nothing_readable_is_said_and_nothing_is_overwritten(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(Damaged, match=r"none of the checkpoints \[1, 2\] .* another --workdir"):
         checkpoints.restore_newest(shapes(make_state(0)), IDENTITY)
+    checkpoints.close()
+
+
+def test_another_process_acts_on_what_the_first_has_seen(tmp_path, monkeypatch):
+    saved(tmp_path)
+    checkpoints = Checkpoints(tmp_path, keep_last=9)
+    monkeypatch.setattr(processes, "first", lambda: False)
+    monkeypatch.setattr(manifests, "check", lambda _: pytest.fail("read every file once more"))
+    monkeypatch.setattr(processes, "from_first", lambda _: np.array([True, True]))
+    with pytest.raises(Damaged, match="step 3: damaged; the first process says how"):
+        checkpoints.check(3)
+    monkeypatch.setattr(processes, "from_first", lambda _: np.array([True, False]))
+    assert checkpoints.check(3)
+    monkeypatch.setattr(processes, "from_first", lambda _: np.array([False, True, False]))
+    assert checkpoints.prune() == [2] and checkpoints.steps() == [1, 3]
     checkpoints.close()
 
 
