@@ -4,10 +4,13 @@ import dataclasses
 import importlib
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks import quality
 from configs import sparsectr_alibaba
+from ctr_jax import sharding, steps
+from ctr_jax.data.expected import expected_spec
 from ctr_jax.data.synthetic import STUDIES, SyntheticConfig
 
 PAGES = sorted(
@@ -21,6 +24,19 @@ def test_the_page_gives_a_config_and_names_its_command(page):
     config = module.get_config()
     assert config.name and config.data.builder and config.model.module
     assert f"train.py --config=configs/{page}.py" in module.__doc__
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_can_be_planned_without_its_data(page, tmp_path):
+    config = importlib.import_module(f"configs.{page}").get_config()
+    config.data.raw_dir = str(tmp_path)  # nothing there
+    spec, source = expected_spec(config, {})
+    assert source == "config.expected_rows" and spec.vocabularies.keys() >= {
+        c.vocabulary for c in spec.columns if c.kind == "id"
+    }
+    with jax.set_mesh(mesh := sharding.make_mesh(data=1, table=1)):
+        experiment = steps.bind(config, spec, mesh, total_steps=1)
+        assert steps.state_shapes(experiment)["tables"]
 
 
 @pytest.mark.parametrize("page", PAGES)
