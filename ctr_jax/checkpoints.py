@@ -166,13 +166,7 @@ class Checkpoints:
         """Raises ConfigMismatch unless the saved arrays are of the wanted shapes."""
         handler = ocp.StandardCheckpointHandler()
         saved = _shapes(handler.metadata(self._directory / str(step) / item).tree)
-        wanted = _shapes(wanted)
-        different = [
-            f"{name}: checkpoint {saved.get(name)}, model {wanted.get(name)}"
-            for name in sorted(saved.keys() | wanted.keys())
-            if saved.get(name) != wanted.get(name)
-        ]
-        if different:
+        if different := _differences(saved, _shapes(wanted), "model"):
             raise ConfigMismatch(
                 f"step {step} in {self._directory} holds other arrays:\n  " + "\n  ".join(different)
             )
@@ -317,11 +311,11 @@ def _shapes(tree) -> dict[str, list[int]]:
     return {path_name(path): list(leaf.shape) for path, leaf in leaves}
 
 
-def _differences(saved: Mapping, current: Mapping) -> list[str]:
-    """What two identities differ in, a line each."""
+def _differences(saved: Mapping, current: Mapping, whose: str = "config") -> list[str]:
+    """What two identities, or two accounts of arrays, differ in, a line each."""
     saved, current = _flatten(saved), _flatten(current)
     return [
-        f"{key}: checkpoint {saved.get(key)!r}, config {current.get(key)!r}"
+        f"{key}: checkpoint {saved.get(key)!r}, {whose} {current.get(key)!r}"
         for key in sorted(saved.keys() | current.keys())
         if saved.get(key) != current.get(key)
     ]
@@ -341,13 +335,6 @@ def _flatten(tree: Mapping, prefix: str = "") -> dict:
         else:
             flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
     return flat
-
-
-def shapes_of(state, shardings):
-    """ShapeDtypeStructs with shardings: what `restore` fills."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
-    )
 
 
 def log_kept(workdir: Path, deleted: list[int]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ctr_jax import embedding, flops, sharding, steps
+from ctr_jax import embedding, flops, precision, sharding, steps
 from ctr_jax.batch import EmbeddedBatch
 from ctr_jax.data import open_data
 from ctr_jax.features import DataSpec
@@ -81,19 +83,33 @@ def activation_bytes(experiment: steps.Experiment) -> tuple[int, int]:
     def forward(variables, embedded):
         return model.apply(variables, embedded, False)[0]
 
-    def loss(variables, vectors, embedded):
-        embedded = EmbeddedBatch(embedded.batch, vectors)
-        rngs = {"dropout": jax.random.key(0)}
-        (logits, _), _ = model.apply(variables, embedded, True, rngs=rngs, mutable=["batch_stats"])
-        return logits.sum()
-
     evaluated = _embedded(experiment, config.eval_batch_size, candidates)
-    trained = _embedded(experiment, config.batch_size, candidates)
+    gradient, arguments = training_pass(experiment)
     programs = (
         jax.jit(forward).lower(variables, evaluated),
-        jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables, trained.vectors, trained),
+        jax.jit(gradient).lower(*arguments),
     )
     return tuple(p.compile().memory_analysis().temp_size_in_bytes for p in programs)
+
+
+def training_pass(experiment: steps.Experiment) -> tuple[Callable, tuple]:
+    """(gradient, its arguments as shapes): forward and backward of the model on a global training
+    batch, with respect to its parameters and the looked-up vectors."""
+    config, model = experiment.config, experiment.model
+
+    def loss(variables, vectors, embedded):
+        params, vectors = precision.rounded((variables["params"], vectors), config.dtype)
+        (logits, _), _ = model.apply(
+            {**variables, "params": params},
+            EmbeddedBatch(embedded.batch, vectors),
+            True,
+            rngs={"dropout": jax.random.key(0)},
+            mutable=["batch_stats"],
+        )
+        return logits.sum()
+
+    embedded = _embedded(experiment, config.batch_size, experiment.spec.max_candidates)
+    return jax.grad(loss, argnums=(0, 1)), (_variables(experiment), embedded.vectors, embedded)
 
 
 def _variables(experiment: steps.Experiment) -> dict:

@@ -23,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from ctr_jax import flops, hlo, sharding, steps
-from ctr_jax.batch import EmbeddedBatch
 from ctr_jax.data.expected import expected_spec
+from ctr_jax.describe import training_pass
 from ctr_jax.features import DataSpec
 from kernels import ahead_of_time
 
@@ -223,43 +223,8 @@ def _operations(experiment: steps.Experiment) -> float:
 
     Counted on the traced program, as XLA's own count takes the rounds of a loop for one.
     """
-    config, model = experiment.config, experiment.model
-    state = steps.state_shapes(experiment)
-    params, model_state = _plain((state["model"], state["model_state"]))
-    batch = steps.empty_batch(experiment.spec, config.batch_size, config.history_length)
-    vectors = _vectors(experiment)
-
-    def loss(params, vectors, model_state, batch):
-        (logits, _), _ = model.apply(
-            {"params": params, **model_state},
-            EmbeddedBatch(batch, vectors),
-            train=True,
-            rngs={"dropout": jax.random.key(0)},
-            mutable=list(model_state),
-        )
-        return logits.sum()
-
-    gradient = jax.grad(loss, argnums=(0, 1))
-    return float(sum(flops.count(gradient, params, vectors, model_state, batch).values()))
-
-
-def _vectors(experiment: steps.Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    config = experiment.config
-    leading = {
-        "user": (config.batch_size,),
-        "context": (config.batch_size,),
-        "behaviour": (config.batch_size, config.history_length),
-        "candidate": (config.batch_size, experiment.spec.max_candidates),
-    }
-    return {
-        c.key: jax.ShapeDtypeStruct((*leading[c.group], c.width), np.float32)
-        for c in experiment.columns
-    }
-
-
-def _plain(tree):
-    """Shapes without shardings."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    gradient, arguments = training_pass(experiment)
+    return float(sum(flops.count(gradient, *arguments).values()))
 
 
 def _candidates(config: ConfigDict, spec: DataSpec, kind: str) -> Iterator[Plan]:

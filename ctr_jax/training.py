@@ -117,7 +117,6 @@ def _train(
                     valid = _validate(config, data, mesh, score_step, state)
                     if processes.first():
                         write_json(checkpoints.metrics_path(step), {"valid": valid})
-                    processes.barrier("measured")  # all choose by it which checkpoints stay
                     writer.write(step, _scalars("valid", valid))
                     progress.report(step, _one_line(_scalars("valid", valid)))
                 log_kept(workdir, checkpoints.prune())

@@ -9,7 +9,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from array_record.python import array_record_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,9 +18,10 @@ from ctr_jax.checkpoints import ConfigMismatch
 from ctr_jax.config import identity
 from ctr_jax.data import open_data
 from ctr_jax.data.pipeline import bucket_at, by_length, eval_batches, eval_plan, train_batches
-from ctr_jax.data.records import Requests, record_dtype, request_features
+from ctr_jax.data.records import record_dtype
 from ctr_jax.features import DataColumn, DataSpec
 from ctr_jax.training import NonFiniteLoss, train
+from tests.ctr_jax.data.test_pipeline import write
 
 SPEC = DataSpec(
     "buckets", (DataColumn("behaviour", "item"), DataColumn("candidate", "item")), {}, 3
@@ -30,18 +30,6 @@ INLINE = DataSpec("inline", SPEC.columns, {}, 3, inline_history=9)
 SIZE, LENGTH, BUCKETS = 90, 20, (2, 7, 20)
 GOLDEN_ORDER = [(0, 1), (2, 0), (1, 0), (0, 0), (1, 2), (1, 1), (1, 5), (1, 3)]
 GOLDEN_IDS = [[43, 25, 45, 65], [85, 30, 8, 76], [82, 10, 1, 51]]
-
-
-def write(directory, spec, rows, histories):
-    shards = []
-    for number, part in enumerate(np.split(rows, [10, 30])):
-        file = str(directory / f"{number}.array_record")
-        writer = array_record_module.ArrayRecordWriter(file, "group_size:1")
-        for row in part:
-            writer.write(request_features(spec).serialize_example({"request": row}))
-        writer.close()
-        shards.append((file, len(part)))
-    return Requests("train", tuple(shards), spec, histories)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,19 @@ SPEC = DataSpec(
 SIZE, LENGTH = 37, 5
 
 
+def write(directory, spec, rows, histories):
+    """A split of these records, in three files."""
+    shards = []
+    for number, part in enumerate(np.split(rows, [10, 30])):
+        file = str(directory / f"{number}.array_record")
+        writer = array_record_module.ArrayRecordWriter(file, "group_size:1")
+        for row in part:
+            writer.write(request_features(spec).serialize_example({"request": row}))
+        writer.close()
+        shards.append((file, len(part)))
+    return Requests("train", tuple(shards), spec, histories)
+
+
 @pytest.fixture(scope="module")
 def requests(tmp_path_factory):
     """37 requests in three files, request_id counting them."""
@@ -31,18 +44,10 @@ def requests(tmp_path_factory):
     rows["user"], rows["end"] = rng.integers(0, 4, SIZE), rng.integers(0, 9, SIZE)
     rows["num_candidates"] = rng.integers(1, 4, SIZE)
     rows["candidate/item"] = rng.integers(1, 50, (SIZE, 3))
-    shards = []
-    for number, part in enumerate(np.split(rows, [10, 30])):
-        file = str(directory / f"{number}.array_record")
-        writer = array_record_module.ArrayRecordWriter(file, "group_size:1")
-        for row in part:
-            writer.write(request_features(SPEC).serialize_example({"request": row}))
-        writer.close()
-        shards.append((file, len(part)))
     users = np.repeat(np.arange(4), 8)
     block = {"user": users, "time": np.arange(32), "item": rng.integers(1, 50, 32)}
     seqvault.bulk_build(directory / "v", seqvault.Schema({"item": np.int32}), 4, [block])
-    return Requests("train", tuple(shards), SPEC, seqvault.Snapshot(directory / "v"))
+    return write(directory, SPEC, rows, seqvault.Snapshot(directory / "v"))
 
 
 def take(stream, steps):
