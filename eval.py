@@ -12,6 +12,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ctr_jax import command_line
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", min(os.cpu_count() or 1, 8), "On a CPU: devices to split the batch over."
@@ -28,6 +30,7 @@ def main(argv):
     if WATCH.value and STEP.value is not None:
         raise app.UsageError("--step and --watch exclude each other")
     from ctr_jax.checkpoints import ConfigMismatch
+    from ctr_jax.config import ConfigError
     from ctr_jax.data.errors import DataError
     from ctr_jax.evaluation import evaluate
     from ctr_jax.manifests import Damaged
@@ -41,7 +44,7 @@ def main(argv):
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
     try:
         results = evaluate(config, workdir, STEP.value, WATCH.value, relative_to=RELATIVE_TO.value)
-    except (ConfigMismatch, Damaged, DataError, FileNotFoundError) as error:
+    except (ConfigError, ConfigMismatch, Damaged, DataError, FileNotFoundError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     for split, result in results.items():
         print(f"\n{config.name}, {split}")
@@ -50,5 +53,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command_line.run(main)

@@ -17,6 +17,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ctr_jax import command_line
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", min(os.cpu_count() or 1, 8), "On a CPU: devices to split the batch over."
@@ -40,6 +42,7 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     from ctr_jax import processes
     from ctr_jax.checkpoints import ConfigMismatch, SaveFailed
+    from ctr_jax.config import ConfigError
     from ctr_jax.data.errors import DataError
     from ctr_jax.describe import describe
     from ctr_jax.manifests import Damaged
@@ -67,7 +70,9 @@ def main(argv):
             return
         workdir = WORKDIR.value or Path("runs") / config.name
         done = train(config, workdir, resume_anyway=RESUME_ANYWAY.value)
-    except (CannotPlan, ConfigMismatch, Damaged, DataError, NonFiniteLoss, SaveFailed) as error:
+    except (
+        CannotPlan, ConfigError, ConfigMismatch, Damaged, DataError, NonFiniteLoss, SaveFailed
+    ) as error:  # fmt: skip
         processes.leave(f"{type(error).__name__}: {error}")  # the user's to mend: no traceback
     except jax.errors.JaxRuntimeError as error:
         processes.leave_broken(error)
@@ -75,5 +80,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command_line.run(main)

@@ -10,6 +10,10 @@ IDENTITY = ("seed", "history_length", "batch_size", "dtype", "model", "loss",
             "optimizer", "table_optimizer", "clip_norm")  # fmt: skip
 
 
+class ConfigError(ValueError):
+    """A field has a value that cannot be; the message names both."""
+
+
 def base_config() -> ConfigDict:
     """Defaults of all experiments. Durations are `<name>_steps | _epochs | _examples | _percent`,
     where an example is one request."""

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ctr_jax.config import ConfigError
+
 _SCHEDULES = ("constant", "cosine", "linear")
 _OPTIMIZERS = ("adam", "adamw", "adagrad", "sgd")
 
@@ -22,12 +24,12 @@ def resolve_steps(
     _percent` the config sets (exactly one; 0 and None are unset; percent is of `total` steps).
 
     Raises:
-      ValueError: none or several are set.
+      ConfigError: none or several are set.
     """
     units = ("steps", "epochs", "examples", "percent")
     given = {u: config[f"{name}_{u}"] for u in units if config.get(f"{name}_{u}")}
     if len(given) != 1:
-        raise ValueError(
+        raise ConfigError(
             f"set exactly one of {', '.join(f'{name}_{u}' for u in units)}; "
             f"{'set are ' + ', '.join(given) + '; unset one with 0' if given else 'none is set'}"
         )

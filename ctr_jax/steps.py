@@ -29,6 +29,7 @@ from ctr_jax import (
     table_optimizers,
 )
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
+from ctr_jax.config import ConfigError
 from ctr_jax.features import GROUPS, Column, DataSpec, table_shapes
 
 
@@ -52,25 +53,28 @@ def bind(config: ConfigDict, spec: DataSpec, mesh: Mesh, total_steps: int) -> Ex
     Everything below runs under `jax.set_mesh(mesh)`.
 
     Raises:
-      ValueError: a batch size does not divide over the mesh's data axis, or what the model and the
+      ConfigError: a batch size does not divide over the mesh's data axis, or what the model and the
         optimizers refuse.
     """
     for name in ("batch_size", "eval_batch_size"):
         if config[name] % mesh.shape[sharding.DATA]:
-            raise ValueError(f"{name} {config[name]} does not divide over mesh {dict(mesh.shape)}")
+            raise ConfigError(f"{name} {config[name]} does not divide over mesh {dict(mesh.shape)}")
     module = importlib.import_module(config.model.module)
-    model, columns = module.build(config.model, spec)
     tables = config.table_optimizer
-    table_optimizer = table_optimizers.table_optimizer(
-        tables.name,
-        learning_rate=optimizers.schedule(tables, total_steps),
-        b1=tables.b1,
-        b2=tables.b2,
-        eps=tables.eps,
-        initial_accumulator=tables.initial_accumulator,
-        weight_decay=tables.weight_decay,
-    )
-    dense = optimizers.dense_optimizer(config.optimizer, total_steps)
+    try:
+        model, columns = module.build(config.model, spec)
+        table_optimizer = table_optimizers.table_optimizer(
+            tables.name,
+            learning_rate=optimizers.schedule(tables, total_steps),
+            b1=tables.b1,
+            b2=tables.b2,
+            eps=tables.eps,
+            initial_accumulator=tables.initial_accumulator,
+            weight_decay=tables.weight_decay,
+        )
+        dense = optimizers.dense_optimizer(config.optimizer, total_steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return Experiment(config, spec, mesh, model, columns, dense, table_optimizer, total_steps)
 
 

@@ -45,9 +45,26 @@ def config_file(small_config, tmp_path):
     return page
 
 
-def test_an_unknown_field_is_refused():
-    done = run("train.py", "--config=configs/sparsectr_movielens.py", "--config.model.num_chunk=3")
-    assert done.returncode != 0 and "num_chunk" in done.stderr
+@pytest.mark.parametrize(
+    "script, flags, says",
+    [
+        ("train.py", ["--config.model.num_chunk=3"], "did you mean --config.model.num_chunks"),
+        ("eval.py", ["-config.rhubarb", "3"], "--config.rhubarb: sparsectr_movielens has no such"),
+        ("train.py", ["--config.batch_size=many"], "invalid literal"),
+    ],
+    ids=["alike", "unlike", "kind"],
+)
+def test_an_override_that_cannot_be_is_one_line(script, flags, says):
+    done = run(script, "--config", "configs/sparsectr_movielens.py", *flags)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert says in done.stderr
+
+
+def test_a_value_that_cannot_be_is_one_line(config_file, tmp_path):
+    done = run("train.py", f"--config={config_file}", f"--workdir={tmp_path / 'run'}",
+               "--config.optimizer.schedule=steep")  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ConfigError: schedule 'steep'")
 
 
 def test_absent_files_are_named_with_the_way_out(tmp_path):

@@ -1,0 +1,50 @@
+"""Running train.py and eval.py: an override of a field that is not there ends in one line."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+
+def run(main) -> None:
+    """`absl.app.run(main)` for a program with the flag --config."""
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:  # what ml_collections raises for it
+        words = [word.lstrip("-") for arg in argv for word in arg.split("=", 1)]
+        page = flags.FLAGS["config"].parser.parse(words[words.index("config") + 1])
+        message = unknown_field(page, argv)
+        if message is None:
+            raise error
+    sys.exit(message)
+
+
+def unknown_field(config: ConfigDict, argv: Sequence[str]) -> str | None:
+    """Names the first override in `argv` of a field that `config` lacks, and fields spelled alike;
+    None where there is no such override."""
+    known = [f"config.{name}" for name in _names(config)]
+    for name in (arg.lstrip("-").partition("=")[0] for arg in argv if arg.startswith("-")):
+        if name.startswith("config.") and name not in known:
+            near = difflib.get_close_matches(name, known, n=2, cutoff=0.8)
+            hint = f"; did you mean {' or '.join(f'--{n}' for n in near)}?" if near else ""
+            return f"--{name}: {config.name} has no such field{hint}"
+    return None
+
+
+def _names(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all fields and of the groups of fields."""
+    names = []
+    for key, value in config.items():
+        names.append(prefix + key)
+        if isinstance(value, ConfigDict):
+            names += _names(value, f"{prefix}{key}.")
+    return names
