@@ -48,4 +48,6 @@ def beside(lrea_config: Callable[[str], ConfigDict], variant: str) -> ConfigDict
     config.model.update({k: v for k, v in theirs.items() if k in config.model and k != "module"})
     config.name = config.name.replace("lrea", "din_long" if use_long else "din_short")
     config.loss.weights = ConfigDict()
+    if not use_long:
+        config.history_length = config.model.short_length  # nothing older is read or embedded
     return config
