@@ -32,8 +32,9 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from kernels.evo_attention import NEVER, Prefix, RelTemporal, behaviour_branches
-from kernels.softmax import masked_softmax
+from benchmarks.dense_attention import NO_BIAS, dense_blocks, dense_tiled
+from benchmarks.histories import burst_times
+from kernels.evo_attention import RelTemporal
 from sparsectr_jax import evo_attention as evo
 from sparsectr_jax import model
 from sparsectr_jax.aggregate import Aggregate
@@ -42,14 +43,12 @@ from sparsectr_jax.chunking import time_chunks
 
 SPARSITY = {1: (8, 1, 2), 2: (16, 2, 5), 3: (16, 3, 10), 4: (32, 4, 20)}  # (P, m, w), Fig. 3
 FLOOR = {1: 8.9, 2: 5.2, 3: 4.0, 4: 2.0}  # the paper's model-level speed-ups at L = 1024, A100
-NO_BIAS = RelTemporal(time=False, hour=False, weekend=False)
 
 
 def inputs(batch: int, length: int, heads: int, width: int):
     """q, k, v [B, L, H, K], slopes, user k and v, times, mask: full histories with bursts."""
     rng = np.random.default_rng(0)
-    gaps = np.minimum(np.exp(rng.normal(4, 3, (batch, length))), 10**5)
-    times = (1_490_000_000 + np.cumsum(gaps, 1)).astype(np.int32)
+    times = burst_times(batch, length)
     q, k, v = (rng.normal(size=(batch, length, heads, width)).astype(np.float32) for _ in range(3))
     user = [rng.normal(size=(batch, heads, width)).astype(np.float32) for _ in range(2)]
     slopes = np.tile(2.0 ** (-8 / heads * np.arange(heads)), (3, 1)).astype(np.float32)
@@ -57,34 +56,8 @@ def inputs(batch: int, length: int, heads: int, width: int):
     return tuple(jnp.asarray(x) for x in arrays)
 
 
-# ---- the dense forms: (q, k, v, user_k, user_v, slopes, times, mask) -> [B, L, H, K] -----------
-
-
-def dense_blocks(block, rel, q, k, v, user_k, user_v, slopes, times, mask):
-    """Masked attention by blocks of queries, over the keys up to the block's end."""
-    out = []
-    for a in range(0, q.shape[1], block):
-        b = min(a + block, q.shape[1])
-        logits = jnp.einsum("bnhk,bjhk->bhnj", q[:, a:b] * q.shape[-1] ** -0.5, k[:, :b])
-        terms = rel.pair_terms(times[:, a:b, None], times[:, None, :b])
-        for part, term in zip(rel.parts, terms, strict=True):
-            logits = logits - slopes[part][:, None, None] * term[:, None]
-        visible = (jnp.arange(b) <= jnp.arange(a, b)[:, None]) & mask[:, None, :b]
-        weights = masked_softmax(logits, visible[:, None])
-        out.append(jnp.einsum("bhnj,bjhk->bnhk", weights, v[:, :b]))
-    return jnp.concatenate(out, 1)
-
-
-def dense_tiled(tile, rel, q, k, v, user_k, user_v, slopes, times, mask):
-    """Every behaviour as a key of the sparse op's prefix branch."""
-    position = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32) - 1, times.shape)
-    every = Prefix(k, v, times, jnp.where(mask, position, NEVER))
-    return behaviour_branches(
-        q, every, None, None, slopes, times, mask, rel=rel, window=1, tile_logits=tile
-    )[0]
-
-
 def dense_forms(length: int, rel: RelTemporal, quick: bool) -> dict:
+    """Name -> form (benchmarks/dense_attention.py)."""
     forms = {}
     if length <= 2048:
         forms["n x n"] = functools.partial(dense_blocks, length, rel)
@@ -160,11 +133,11 @@ def measure(length, d, heads, backward, levels, repeats, quick):
     width = d // heads
     batch = max(1, min(8, 8192 // length))
     few, many = (inputs(b, length, heads, width) for b in (1, batch))
-    with_slopes = (0, 1, 2, 5)
+    of_dense = (*few[:3], *few[5:7])
     cases = []
     for label, rel in (("dense", RelTemporal()), ("dense, no bias", NO_BIAS)):
         for name, form in dense_forms(length, rel, quick).items():
-            cases.append(Case(f"{label}: {name}", form, few, with_slopes, backward))
+            cases.append(Case(f"{label}: {name}", form, of_dense, (0, 1, 2, 3), backward))
     chunks = time_chunks(many[6], many[7], 4)
     mlps = Aggregate("mean_mlp").init(jax.random.key(0), many[1], many[2], chunks)
     for level in levels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,16 @@ def of_length(rows: int, name: str = "long_16k") -> Shape:
 
 
 def calls(
-    shape: Shape, implementation: str, dtype: jnp.dtype = jnp.float32, form: str = "joint"
+    shape: Shape,
+    implementation: str,
+    dtype: jnp.dtype = jnp.float32,
+    form: str = "joint",
+    **options: Any,
 ) -> dict[str, tuple[Callable, tuple]]:
-    """{"forward", "backward"}: a function and what it takes; the latter gives all gradients."""
+    """{"forward", "backward"}: a function and what it takes; the latter gives all gradients.
+
+    Options are the op's, as `blocks` and `interpret`.
+    """
     b, c, k, d, h = shape
     query, rows = jax.ShapeDtypeStruct((b, c, d), dtype), jax.ShapeDtypeStruct((b, k, d), dtype)
     memory = Memory(rows, rows, jax.ShapeDtypeStruct((b, d), dtype))
@@ -48,7 +55,7 @@ def calls(
 
     def forward(query, memory, weights):
         return absorbed_target_attention(
-            query, memory, weights, form=form, implementation=implementation
+            query, memory, weights, form=form, implementation=implementation, **options
         )
 
     def backward(query, memory, weights, dout):

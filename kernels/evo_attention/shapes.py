@@ -48,11 +48,17 @@ def of_length(length: int, name: str = "sparsity_2") -> Shape:
 
 
 def calls(
-    shape: Shape, implementation: str | None, dtype: Any = jnp.float32
+    shape: Shape,
+    implementation: str | None,
+    dtype: Any = jnp.float32,
+    *,
+    block: int = 0,
+    interpret: Any = False,
 ) -> dict[str, tuple[Callable, tuple]]:
     """{"forward", "backward"}: a function and what it takes; the latter gives all gradients.
 
-    Both calls of a block together: the behaviours' and the candidates'.
+    Both calls of a block together: the behaviours', in kernels' tiles of `block`, and the
+    candidates'.
     """
     b, length, c, h, k, chunks, transition, window = shape
 
@@ -78,8 +84,8 @@ def calls(
     d_out = (floats(length),) * 3 + (floats(c),) * 3
 
     def forward(behaviours, candidates):
-        options = {"rel": RelTemporal(), "implementation": implementation}
-        out = behaviour_branches(*behaviours, window=window, **options)
+        options = dict(rel=RelTemporal(), implementation=implementation, interpret=interpret)
+        out = behaviour_branches(*behaviours, window=window, block=block, **options)
         return out + candidate_branches(*candidates, **options)
 
     def backward(behaviours, candidates, d_out):

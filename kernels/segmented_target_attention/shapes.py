@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,12 @@ def of_length(length: int, name: str = "paper_serving") -> Shape:
 
 
 def calls(
-    shape: Shape, implementation: str, dtype: jnp.dtype = jnp.float32
+    shape: Shape, implementation: str, dtype: jnp.dtype = jnp.float32, **options: Any
 ) -> dict[str, tuple[Callable, tuple]]:
-    """{"forward", "backward"}: a function and what it takes; the latter gives all gradients."""
+    """{"forward", "backward"}: a function and what it takes; the latter gives all gradients.
+
+    Options are the op's, as `blocks` and `interpret`.
+    """
     b, c, length, segment, h, kq, kv, shared = shape
     q = jax.ShapeDtypeStruct((b, c, h, kq), dtype)
     k = jax.ShapeDtypeStruct((b, length, h, kq), dtype)
@@ -58,7 +61,7 @@ def calls(
 
     def forward(q, k, v, mask, bias):
         return segmented_target_attention(
-            q, k, v, mask, bias, segment=segment, implementation=implementation
+            q, k, v, mask, bias, segment=segment, implementation=implementation, **options
         )
 
     def backward(q, k, v, mask, bias, dz):
