@@ -1,0 +1,337 @@
+"""What benchmarks/gpu_suite.py runs on a device: checks, then speeds, most important first.
+
+A speed is of a whole named shape; there kernel and XLA path are compared once more, loosely, as
+both round.
+
+Axis letters: B requests, L history, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import dense_attention
+from benchmarks.gpu_checks import (
+    ABSORBED,
+    DTYPES,
+    EVO,
+    STA,
+    call_of,
+    check,
+    draw,
+    length_of,
+    slopes_of,
+)
+from benchmarks.gpu_timing import Bench, Way, measure
+from benchmarks.histories import burst_times
+from benchmarks.kernel_bytes import OPS
+from ctr_jax import flops
+from kernels.absorbed_target_attention import shapes as absorbed
+from kernels.absorbed_target_attention.blocks import Blocks as AbsorbedBlocks
+from kernels.evo_attention import RelTemporal
+from kernels.evo_attention import shapes as evo
+from kernels.segmented_target_attention import shapes as segmented
+from kernels.segmented_target_attention.blocks import Blocks as SegmentedBlocks
+from sparsectr_jax.aggregate import Aggregate
+from sparsectr_jax.chunking import time_chunks, transition_slots
+from sparsectr_jax.evo_attention import gather_rows
+
+# Of kernel against XLA path at full size: norm of the difference by the norm. Both round, float32
+# products of the XLA path to TF32 too: what it catches is a wrong kernel.
+LOOSE = {"float32": 2e-2, "bfloat16": 1e-1}
+EVERY_RIVAL = ("",)
+FLASH = ("keys", "cudnn")  # what full attention has fast kernels for
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+
+
+class Entry(NamedTuple):
+    """run: of a Bench; gives what goes into the file."""
+
+    name: str
+    run: Callable[[Bench], dict]
+
+
+def entries(small: bool) -> list[Entry]:
+    """All there is to run, most important first."""
+    ragged = {
+        EVO: evo.Shape(4, 131, 5, 2, 32, 5, 2, 4),
+        STA: segmented.Shape(4, 19, 130, 10, 2, 16, 64, False),
+        ABSORBED: absorbed.Shape(4, 19, 257, 16, 11),
+    }
+    if small:
+        tiny = {
+            EVO: evo.Shape(4, 19, 2, 2, 4, 3, 1, 3),
+            STA: segmented.Shape(4, 3, 12, 4, 2, 4, 8, False),
+            ABSORBED: absorbed.Shape(4, 3, 7, 4, 5),
+        }
+        return [
+            Entry("device", device),
+            _check(STA, "ragged", tiny[STA], True),
+            _check(ABSORBED, "tiny", tiny[ABSORBED], False),
+            _speed(EVO, "wide", tiny[EVO], "bfloat16", True, EVERY_RIVAL, True),
+            *[_speed(op, "tiny", tiny[op], "float32", False) for op in (STA, ABSORBED)],
+            _sweep(STA, "tiny", tiny[STA], "float32"),
+        ]
+    shapes = {op: module.SHAPES for op, module in OPS.items()}
+    wide, narrow = (shapes[EVO][name] for name in ("wide", "sparsity_2"))
+    narrow = narrow._replace(batch=wide.batch)  # as many behaviours
+    first = {EVO: ("wide", "sparsity_2"), STA: ("paper", "paper_serving"),
+             ABSORBED: ("paper_training", "paper_serving")}  # fmt: skip
+    passes = [(dtype, both) for dtype in DTYPES for both in (False, True)]
+    out = [Entry("device", device)]
+    for op in OPS:
+        out.append(_check(op, "ragged", ragged[op], True))
+        out += [_check(op, name, shapes[op][name], False) for name in first[op]]
+    out += [_speed(EVO, "wide", wide, *how, EVERY_RIVAL, True) for how in passes]
+    for op in (STA, ABSORBED):
+        for name in first[op]:
+            out += [_speed(op, name, shapes[op][name], *how) for how in passes]
+    out += [_speed(EVO, "sparsity_2", narrow, *how, EVERY_RIVAL) for how in passes]
+    for level in (1, 3, 4):
+        name = f"sparsity_{level}"
+        shape = shapes[EVO][name]._replace(batch=wide.batch, width=wide.width)
+        out += [_speed(EVO, f"{name}, wide", shape, *how, FLASH) for how in passes]
+    for op in OPS:
+        rest = [name for name in shapes[op] if name not in first[op]]
+        out += [_check(op, name, shapes[op][name], False) for name in rest]
+    for length in LENGTHS:
+        shape = evo.of_length(length, "wide")._replace(
+            batch=wide.batch * wide.length // length // 4
+        )
+        out.append(_speed(EVO, f"wide, L={length}", shape, "bfloat16", True, FLASH))
+    for op in OPS:
+        rest = [name for name in shapes[op] if name not in first[op]]
+        for name in rest:
+            out += [_speed(op, name, shapes[op][name], *how, FLASH[:1]) for how in passes]
+    for op in OPS:
+        out += [_sweep(op, name, shapes[op][name], dtype) for name in first[op] for dtype in DTYPES]
+    return out
+
+
+def _check(op: str, name: str, shape: Any, exact: bool) -> Entry:
+    shape = shape._replace(batch=min(shape.batch, 4))
+    return Entry(f"check {op} {name}", functools.partial(check, op, shape, exact))
+
+
+def _speed(op, name, shape, dtype, both, rivals=(), is_goal=False) -> Entry:
+    way = "forward+backward" if both else "forward"
+    run = functools.partial(speed, op, shape, dtype, both, rivals, is_goal)
+    return Entry(f"speed {op} {name} {dtype} {way}", run)
+
+
+def _sweep(op: str, name: str, shape: Any, dtype: str) -> Entry:
+    return Entry(f"blocks {op} {name} {dtype}", functools.partial(sweep, op, shape, dtype))
+
+
+def device(bench: Bench) -> dict:
+    """What the device gives: bytes of a copy, operations of a product."""
+    copied, side = (1 << 20, 64) if bench.small else (1 << 31, 8192)
+    ways = [_copy(copied, 1, 1)]
+    for dtype in DTYPES:
+
+        def make(batch, dtype=dtype):
+            x = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
+            return jnp.matmul, (x, x)
+
+        work = {"operations": 2 * side**3}
+        ways.append(Way(f"product, {dtype}", "product", 1, 1, make, work=work))
+    return {"kind": "device", "rows": measure(bench, ways)[0]}
+
+
+def _copy(bytes_moved: int, batch: int, length: int) -> Way:
+    """Reads half of the bytes and writes as many."""
+
+    def make(batch):
+        return jnp.negative, (jnp.ones(bytes_moved // 8, jnp.float32),)
+
+    return Way("copy", "copy", batch, length, make, work={"bytes": bytes_moved // 8 * 8})
+
+
+def speed(
+    op: str,
+    shape: Any,
+    dtype: str,
+    both: bool,
+    rivals: tuple[str, ...],
+    is_goal: bool,
+    bench: Bench,
+) -> dict:
+    """Kernel against XLA path and, of evo_attention, full attention; of the others, a copy.
+
+    Args:
+      both: forward and backward pass. rivals: words that the rivals' names must hold one of.
+      is_goal: whether issue 6's goals are of this shape.
+    """
+    arguments = functools.cache(
+        lambda batch: draw(op, shape._replace(batch=batch), dtype)[: None if both else -1]
+    )
+
+    def ours(name: str, role: str, **options) -> Way:
+        def make(batch):
+            of_batch = shape._replace(batch=batch)
+            return call_of(op, of_batch, name, dtype, both, **options), arguments(batch)
+
+        return Way(name, role, shape.batch, length_of(op, shape), make, work=work)
+
+    work = {} if op == EVO else _work(op, shape, dtype, both)
+    ways = [ours(bench.kernel, "kernel", interpret=bench.interpret), ours("xla", "xla")]
+    if op == EVO:
+        every = [_keys(shape, dtype, both), *_full_attention(shape, dtype, both, bench)]
+        ways += [way for way in every if any(word in way.name for word in rivals)]
+    else:
+        ways.append(_copy(work["bytes"], shape.batch, length_of(op, shape)))
+    rows, runs = measure(bench, ways)
+    result = {
+        "kind": "speed",
+        "op": op,
+        "shape": shape._asdict(),
+        "dtype": dtype,
+        "pass": "forward+backward" if both else "forward",
+        "is_goal": is_goal,
+        "rows": rows,
+    }
+    if bench.kernel in runs and "xla" in runs and rows[0]["batch"] == rows[1]["batch"]:
+        result["differences"] = _differences(runs[bench.kernel].outputs(), runs["xla"].outputs())
+        result["agrees"] = all(x <= LOOSE[dtype] for x in result["differences"].values())
+    return result
+
+
+def _work(op, shape, dtype, both) -> dict:
+    """Bytes of arguments and results, each once, and operations as the XLA path has them."""
+    call = call_of(op, shape, "xla", dtype, both)
+    arguments = OPS[op].calls(shape, "xla", jnp.dtype(dtype))["backward"][1]
+    arguments = arguments if both else arguments[:-1]
+    arrays = jax.tree.leaves((arguments, jax.eval_shape(call, *arguments)))
+    moved = sum(x.size * x.dtype.itemsize for x in arrays)
+    return {"bytes": moved, "operations": sum(flops.count(call, *arguments).values())}
+
+
+@jax.jit
+def _differences_of(ours, theirs):
+    def difference(x, y):
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.linalg.norm((x - y).ravel()) / jnp.maximum(jnp.linalg.norm(y.ravel()), 1e-6)
+
+    return jax.tree.map(difference, ours, theirs)
+
+
+def _differences(ours, theirs) -> dict[str, float]:
+    return {name: float(x) for name, x in _differences_of(ours, theirs).items()}
+
+
+def _keys(shape: evo.Shape, dtype: str, both: bool) -> Way:
+    """What full attention has no need of: chunks, their aggregation, gathering."""
+    aggregate = Aggregate("mean_mlp", dtype=jnp.dtype(dtype))
+
+    def keys(k, v, weights, times, mask):
+        chunks = time_chunks(times, mask, shape.chunks)
+        index = transition_slots(chunks, shape.transition)[0].reshape(len(k), -1)
+        return *aggregate.apply(weights, k, v, chunks), gather_rows(k, index), gather_rows(v, index)
+
+    def make(batch):
+        k, v, _, _, times = _qkv(shape._replace(batch=batch), dtype)
+        mask = jnp.ones(times.shape, bool)
+        few = (k[:1], v[:1], time_chunks(times[:1], mask[:1], shape.chunks))
+        weights = aggregate.init(jax.random.key(0), *few)
+        return (_pulled(keys, 3) if both else keys), (k, v, weights, times, mask)
+
+    return Way("keys", "keys", shape.batch, shape.length, make)
+
+
+def _pulled(function: Callable, number: int) -> Callable:
+    """The function's results and the gradients of its first arguments, cotangents all ones."""
+
+    def both(*arguments):
+        rest = arguments[number:]
+        out, pull = jax.vjp(lambda *x: function(*x, *rest), *arguments[:number])
+        return out, pull(jax.tree.map(jnp.ones_like, out))
+
+    return both
+
+
+def _qkv(shape: evo.Shape, dtype: str):
+    """q, k, v [B, L, H, K], slopes [3, H] and times [B, L] of full histories."""
+    b, length, _, heads, width, *_ = shape
+    keys = jax.random.split(jax.random.key(1, impl="rbg"), 3)
+    qkv = (jax.random.normal(key, (b, length, heads, width)).astype(dtype) for key in keys)
+    return *qkv, slopes_of(heads), jnp.asarray(burst_times(b, length))
+
+
+def _full_attention(shape: evo.Shape, dtype: str, both: bool, bench: Bench) -> list[Way]:
+    """Causal attention over every behaviour. Forms that keep [B, H, L, L] take fewer requests."""
+    of_request = 4 * shape.heads * shape.length**2 * (9 if both else 4)
+    few = shape.batch
+    while few > 1 and few * of_request > 0.3 * bench.memory:
+        few //= 2
+    arguments = functools.cache(lambda batch: _qkv(shape._replace(batch=batch), dtype))
+    rel, none = RelTemporal(), dense_attention.NO_BIAS
+    width = {n: max(n, shape.width) for n in (1, 8, 16)}
+
+    def padded(n: int, note: str = "") -> str:
+        return "; ".join([note] * bool(note) + [f"padded to {n}"] * (shape.width < n))
+
+    def of_jax(name, form, *options, bias=True, batch=few, note="") -> Way:
+        def make(batch):
+            function = functools.partial(form, *options)
+            return (_pulled(function, 4 if bias else 3) if both else function), arguments(batch)
+
+        if batch < shape.batch:
+            note = f"{batch} of {shape.batch} requests" + (f"; {note}" if note else "")
+        role = "same bias" if bias else "no bias"
+        return Way(f"{name}, {role}", role, batch, shape.length, make, note=note)
+
+    def of_torch(name, kind, n, bias=True, batch=shape.batch, note="") -> Way:
+        role = "same bias" if bias else "no bias"
+        asked = dict(kind=kind, bias=bias, backward=both, heads=shape.heads, width=shape.width,
+                     padded=width[n], dtype=dtype)  # fmt: skip
+        if batch < shape.batch:
+            note = f"{batch} of {shape.batch} requests" + (f"; {note}" if note else "")
+        note = padded(n, note)
+        return Way(f"{name}, {role}", role, batch, shape.length, torch=asked, note=note)
+
+    library, blocks = dense_attention.library, dense_attention.dense_blocks
+    no_slopes = "no gradient of the slopes" if both else ""
+    given = "; ".join(["bias made beforehand"] + [no_slopes] * both)
+    everyone = shape.batch
+    return [
+        of_jax("jax.nn cudnn", library, "cudnn", none, width[8], bias=False, batch=everyone,
+               note=padded(8)),
+        of_jax("jax.nn cudnn", library, "cudnn", rel, width[8], note=padded(8)),
+        of_torch("torch SDPA", "sdpa", 8, bias=False),
+        of_torch("torch FlexAttention", "flex", 16, note=no_slopes),
+        of_torch("torch SDPA", "sdpa", 8, batch=few, note=given),
+        of_jax("jax.nn xla", library, "xla", rel, width[1]),
+        of_jax("blocks of 256", blocks, min(256, shape.length), rel),
+        of_jax("tiled", dense_attention.dense_tiled, 0, rel),
+        of_jax("jax.nn xla", library, "xla", none, width[1], bias=False),
+    ]  # fmt: skip
+
+
+def sweep(op: str, shape: Any, dtype: str, bench: Bench) -> dict:
+    """The kernel, forward and backward, in block sizes that the tables may take."""
+    arguments = functools.cache(lambda batch: draw(op, shape._replace(batch=batch), dtype))
+    of_tpu, key = bench.kernel == "pallas_tpu", "block" if op == EVO else "blocks"
+    if op == EVO:
+        candidates = (128, 256, 512) if of_tpu else (16, 32, 64, 128)
+    else:
+        kind = SegmentedBlocks if op == STA else AbsorbedBlocks
+        rows = (128, 256, 512, 1024) if of_tpu else (32, 64, 128)
+        candidates = [kind(c, r) for c in ((128,) if of_tpu else (16, 32, 64)) for r in rows]
+    candidates = candidates[:1] if bench.small else candidates
+
+    def way(size) -> Way:
+        def make(batch):
+            options = {key: size, "interpret": bench.interpret}
+            call = call_of(op, shape._replace(batch=batch), bench.kernel, dtype, True, **options)
+            return call, arguments(batch)
+
+        name = str(size if op == EVO else tuple(size))
+        return Way(name, "blocks", shape.batch, length_of(op, shape), make)
+
+    rows, _ = measure(bench, [way(size) for size in candidates])
+    return {"kind": "sweep", "op": op, "shape": shape._asdict(), "dtype": dtype, "rows": rows}

@@ -1,0 +1,338 @@
+"""The kernels on one GPU or TPU: are they right, and how fast against what, in a few minutes.
+
+    python -m benchmarks.gpu_suite [--out benchmarks/results/gpu_<device>.json] [--minutes 8]
+                                   [--only TEXT] [--small] [--torch_python PATH]
+
+Needs jax, flax and absl-py; `python -m benchmarks.report` makes tables of the files. Entries
+(gpu_cases.py) run most important first until the time is up: every op's kernel against float64 and
+the XLA path, then speeds. The file is written anew after each; what was not reached is in it as
+left out.
+
+They run in a process of their own, which is replaced when it crashes, loses the device or makes
+nothing of one way for a minute; that way is then left out of its entry. --small is what a host
+without a device can run: interpreted kernels, tiny shapes, times that say nothing.
+
+Times are medians of rounds over all ways of an entry, blocked at the end of each; ratios are
+medians of the ratios within a round, per behaviour. Compiling is apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from benchmarks.gpu_cases import Entry, entries
+from benchmarks.gpu_timing import Bench, LeftOut, said
+from kernels import dispatch
+
+RESULTS = Path("benchmarks/results")
+# Issue 6: at L = 1024, Sparsity-2, a million behaviours, 8 heads of 32, bfloat16 and float32.
+GOALS = {"xla": 2.0, "same bias": 10.0, "no bias": 2.0}  # times as fast as
+COPY_GOAL = 0.6  # of a copy's speed, where bytes are what an op waits for
+START_SECONDS, WAY_SECONDS = 90, 60
+SMALL = "not a device: interpreted kernels at tiny shapes, times that say nothing"
+WRAP_UP = 20  # seconds before the end in which nothing is begun; a tenth of shorter runs
+ENVIRONMENT = {  # of the worker: torch's process needs room on the device beside it
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_CLIENT_MEM_FRACTION": "0.7",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+
+# ---- the worker --------------------------------------------------------------------------------
+
+
+def serve(connection, options: dict) -> None:
+    """Runs (entry, without, deadline) as they come; answers ("making", way), ("done", result)."""
+    os.setsid()  # one group with torch's process, to be ended together
+    os.environ.update(ENVIRONMENT)
+    bench = Bench(**options, tell=lambda way: connection.send(("making", way)))
+    connection.send(("device", described()))
+    while True:
+        try:
+            entry, bench.without, bench.deadline = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = {"status": "ok", **entry.run(bench)}
+        except LeftOut as reason:
+            result = {"status": "left out", "error": str(reason)}
+        except Exception as error:  # whatever it is, the others are to run
+            result = {"status": "failed", "error": said(error)}
+        connection.send(("done", result))
+
+
+def described() -> dict:
+    """The device and what it runs with."""
+    device = jax.devices()[0]
+    versions = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "torch"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    except OSError:
+        driver = []
+    return {
+        "device": device.device_kind,
+        "platform": dispatch.platform(),
+        "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+        "driver": driver[0] if driver else None,
+        "runtime": device.client.platform_version,
+        "versions": versions,
+    }
+
+
+class Died(Exception):
+    """The worker ended, or had to be; with the way that it was at."""
+
+    def __init__(self, reason: str, way: str | None):
+        super().__init__(reason)
+        self.way = way
+
+
+class Worker:
+    """The process that has the device, and what it said of it."""
+
+    def __init__(self, options: dict):
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=serve, args=(theirs, options), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._way, self._patience = None, 600 if options["small"] else WAY_SECONDS
+        self.device = self._receive(START_SECONDS)[1]
+
+    def run(self, entry: Entry, without: dict[str, str], begin_until: float, until: float) -> dict:
+        """What the entry gives; it begins no way after `begin_until`, and has to end at `until`.
+
+        Raises:
+          Died: the worker is gone.
+        """
+        self._connection.send((entry, without, begin_until))
+        self._way = None
+        while True:
+            kind, what = self._receive(min(self._patience, until - time.time()))
+            if kind == "done":
+                return what
+            self._way = what
+
+    def _receive(self, seconds: float):
+        try:
+            if self._connection.poll(max(0.0, seconds)):
+                return self._connection.recv()
+            reason = f"nothing came for {seconds:.0f} s"
+        except (EOFError, ConnectionError):
+            self._process.join()
+            reason = f"the process ended with {self._process.exitcode}"
+        self.stop()
+        raise Died(reason, self._way)
+
+    def stop(self) -> None:
+        """Ends it, with torch's process."""
+        self._connection.close()
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            self._process.kill()
+        self._process.join()
+
+
+# ---- all entries, in a time --------------------------------------------------------------------
+
+
+def run_all(
+    todo: list[Entry],
+    record: dict,
+    path: Path,
+    seconds: float,
+    options: dict,
+    worker: Worker | None = None,
+) -> None:
+    """Fills `record` entry by entry, and the file.
+
+    Args:
+      record: what goes into the file; "entries" is added to.
+      options: of a Bench. worker: one that has been started with them.
+    """
+    began = time.time()
+    until, begin_until = began + seconds, began + seconds - min(WRAP_UP, seconds / 10)
+    try:
+        for entry in todo:
+            start, result, without = time.time(), None, {}
+            while result is None:
+                if time.time() > begin_until:
+                    result = {"status": "left out", "error": "the time was up"}
+                    break
+                try:
+                    worker = worker or Worker(options)
+                    result = worker.run(entry, without, begin_until, until)
+                except Died as error:
+                    worker, reason = None, f"{error} at {error.way or 'the start'}"
+                    if error.way is None or error.way in without:
+                        result = {"status": "failed", "error": reason}
+                    else:
+                        without[error.way] = reason
+            result = {"name": entry.name, **result, "wall_s": round(time.time() - start, 1)}
+            if result.get("kind") == "speed":
+                result["ratios"] = ratios(result, rates(record["entries"]))
+            record["entries"].append(result)
+            record["minutes_used"] = round((time.time() - began) / 60, 2)
+            write(record, path)
+            print("\n".join(lines(result)), flush=True)
+    finally:
+        if worker:
+            worker.stop()
+
+
+def write(record: dict, path: Path) -> None:
+    """At once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1))
+    partial.replace(path)
+
+
+# ---- what the rows say -------------------------------------------------------------------------
+
+
+def rates(done: list[dict]) -> dict[str, float]:
+    """Per second: bytes of "copy", operations of "product, <dtype>"."""
+    return {
+        row["name"]: row.get("bytes", row.get("operations")) / (row["ms"] / 1e3)
+        for result in done
+        if result.get("kind") == "device"
+        for row in result["rows"]
+        if "ms" in row
+    }
+
+
+def ratio(slow: dict, fast: list[dict]) -> float:
+    """Median over rounds of `slow`'s time for a behaviour by that of all of `fast` together."""
+    rounds = zip(slow["seconds_per_behaviour"],
+                 *(row["seconds_per_behaviour"] for row in fast), strict=True)  # fmt: skip
+    return statistics.median(s / sum(f) for s, *f in rounds)
+
+
+def ratios(result: dict, device: dict[str, float]) -> dict[str, dict]:
+    """How many times as fast as each the kernel is, by what it is compared with.
+
+    Against full attention, of which the fastest counts, the making of keys is added to the
+    kernel's time. Against a copy of as many bytes: the part of its speed.
+    """
+    by_role: dict[str, list[dict]] = {}
+    for row in result["rows"]:
+        if "ms" in row:
+            by_role.setdefault(row["role"], []).append(row)
+    if "kernel" not in by_role:
+        return {}
+    (kernel,), out = by_role["kernel"], {}
+    for role in ("xla", "same bias", "no bias"):
+        if role in by_role:
+            keys = by_role.get("keys", []) if role != "xla" else []
+            best = min(by_role[role], key=lambda row: row["ns_per_behaviour"])
+            out[role] = {"against": best["name"], "ratio": ratio(best, [kernel, *keys])}
+            if result["is_goal"]:
+                out[role] |= {"goal": GOALS[role], "met": out[role]["ratio"] >= GOALS[role]}
+    if "copy" in by_role:
+        copy = by_role["copy"][0]
+        out["copy"] = {"against": "copy", "ratio": ratio(copy, [kernel])}
+        product = device.get(f"product, {result['dtype']}")
+        if product and "copy" in device:
+            least = kernel["bytes"] / device["copy"], kernel["operations"] / product
+            out["copy"]["waits_for"] = "bytes" if least[0] >= least[1] else "operations"
+            if least[0] >= least[1]:
+                out["copy"] |= {"goal": COPY_GOAL, "met": out["copy"]["ratio"] >= COPY_GOAL}
+    return out
+
+
+def lines(result: dict):
+    """What is printed of an entry."""
+    yield f"\n{result['name']}: {result['status']} ({result['wall_s']} s) {result.get('error', '')}"
+    for dtype, checked in result.get("dtypes", {}).items():
+        worst = checked["worst"]
+        yield (
+            f"  {dtype}: largest error {checked['errors'][worst]:.1e} ({worst}), allowed "
+            f"{checked['tolerance']:.0e}: {'ok' if checked['ok'] else 'WRONG'}"
+        )
+    for row in result.get("rows", []):
+        if "ms" in row:
+            yield (
+                f"  {row['name']:32}{row['ms']:10.3f} ms{row['ns_per_behaviour']:11.4f} ns a row"
+                f"{rate_of(row)}, compiled in {row['compile_s']:.1f} s  {row['note']}"
+            )
+        else:
+            yield f"  {row['name']:32} {row.get('left out') or row['error']}"
+    for role, found in result.get("ratios", {}).items():
+        goal = ""
+        if "goal" in found:
+            goal = f" (goal {found['goal']}: {'met' if found['met'] else 'MISSED'})"
+        waits = f", waits for {found['waits_for']}" if "waits_for" in found else ""
+        yield f"  against {role} ({found['against']}): {found['ratio']:.2f}{goal}{waits}"
+    if result.get("agrees") is False:
+        yield f"  kernel and XLA path DISAGREE: {result['differences']}"
+
+
+def rate_of(row: dict) -> str:
+    """Bytes and operations per second, where they are known."""
+    second = row["ms"] / 1e3
+    bytes_ = f"  {row['bytes'] / second / 1e9:.0f} GB/s" if "bytes" in row else ""
+    return bytes_ + (
+        f"  {row['operations'] / second / 1e9:.0f} GFLOP/s" if "operations" in row else ""
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu_<device>.json")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--only", default="", help="entries with this in their name")
+    parser.add_argument("--small", action="store_true", help="tiny; for a host without a device")
+    parser.add_argument("--torch_python", default=sys.executable, help="an interpreter with torch")
+    args = parser.parse_args(argv)
+    options = {"small": args.small, "torch_python": args.torch_python}
+    todo = [entry for entry in entries(args.small) if args.only in entry.name]
+    began, worker = time.time(), Worker(options)
+    kind = worker.device
+    if kind["platform"] == "cpu" and not args.small:
+        worker.stop()
+        sys.exit("JAX sees no accelerator here; --small runs on a CPU, and measures nothing")
+    slug = re.sub(r"[^a-z0-9]+", "_", kind["device"].lower()).strip("_")
+    folder = Path("runs") if args.small else RESULTS
+    command = ["python -m benchmarks.gpu_suite", f"--minutes {args.minutes:g}"]
+    command += ["--small"] * args.small + [f"--only '{args.only}'"] * bool(args.only)
+    record = {
+        "command": " ".join(command),
+        "date": datetime.date.today().isoformat(),
+        "measures": None if args.small else kind["device"],
+        "note": SMALL if args.small else "",
+        "minutes": args.minutes,
+        "minutes_used": 0.0,
+        **kind,
+        "entries": [],
+    }
+    path = args.out or folder / f"gpu_{slug}.json"
+    print(record["device"], record["versions"], record["note"], flush=True)
+    run_all(todo, record, path, 60 * args.minutes + began - time.time(), options, worker)
+    print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    main()
