@@ -56,8 +56,11 @@ def library(implementation, rel, width, q, k, v, slopes, times):
     own = q.shape[-1]
     q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, width - own),)) for x in (q, k, v))
     bias = None
-    if rel.parts:  # of q's type: cuDNN gives NaN gradients for a wider one
+    if rel.parts:
+        # Of q's type: cuDNN gives NaN gradients for a wider one. Written to memory: fused into the
+        # softmax, it takes XLA's GPU compiler a minute and more.
         bias = bias_terms(rel, slopes, times, times).astype(q.dtype)
+        bias = jax.lax.optimization_barrier(bias)
     out = jax.nn.dot_product_attention(
         q, k, v, bias, is_causal=True, scale=own**-0.5, implementation=implementation
     )

@@ -58,11 +58,6 @@ class Entry(NamedTuple):
 
 def entries(small: bool) -> list[Entry]:
     """All there is to run, most important first."""
-    ragged = {
-        EVO: evo.Shape(4, 131, 5, 2, 32, 5, 2, 4),
-        STA: segmented.Shape(4, 19, 130, 10, 2, 16, 64, False),
-        ABSORBED: absorbed.Shape(4, 19, 257, 16, 11),
-    }
     if small:
         tiny = {
             EVO: evo.Shape(4, 19, 2, 2, 4, 3, 1, 3),
@@ -77,39 +72,48 @@ def entries(small: bool) -> list[Entry]:
             *[_speed(op, "tiny", tiny[op], "float32", False) for op in (STA, ABSORBED)],
             _sweep(STA, "tiny", tiny[STA], "float32"),
         ]
+    ragged = {
+        EVO: evo.Shape(4, 129, 5, 3, 4, 5, 2, 4),
+        STA: segmented.Shape(4, 19, 130, 10, 2, 16, 64, False),
+        ABSORBED: absorbed.Shape(4, 19, 257, 16, 11),
+    }
     shapes = {op: module.SHAPES for op, module in OPS.items()}
-    wide, narrow = (shapes[EVO][name] for name in ("wide", "sparsity_2"))
-    narrow = narrow._replace(batch=wide.batch)  # as many behaviours
-    first = {EVO: ("wide", "sparsity_2"), STA: ("paper", "paper_serving"),
-             ABSORBED: ("paper_training", "paper_serving")}  # fmt: skip
-    passes = [(dtype, both) for dtype in DTYPES for both in (False, True)]
+    first = {EVO: "wide", STA: "paper", ABSORBED: "paper_training"}
+    wide = shapes[EVO]["wide"]
+    passes = {dtype: [(dtype, both) for both in (False, True)] for dtype in DTYPES}
+    both_dtypes = [how for dtype in DTYPES for how in passes[dtype]]
     out = [Entry("device", device)]
-    for op in OPS:
-        out.append(_check(op, "ragged", ragged[op], True))
-        out += [_check(op, name, shapes[op][name], False) for name in first[op]]
-    out += [_speed(EVO, "wide", wide, *how, EVERY_RIVAL, True) for how in passes]
+    for op, name in first.items():
+        out += [_check(op, "ragged", ragged[op], True), _check(op, name, shapes[op][name], False)]
+    for dtype in DTYPES:
+        out += [_speed(EVO, "wide", wide, *how, EVERY_RIVAL, True) for how in passes[dtype]]
+        for op in (STA, ABSORBED):
+            out += [_speed(op, first[op], shapes[op][first[op]], *how) for how in passes[dtype]]
     for op in (STA, ABSORBED):
-        for name in first[op]:
-            out += [_speed(op, name, shapes[op][name], *how) for how in passes]
-    out += [_speed(EVO, "sparsity_2", narrow, *how, EVERY_RIVAL) for how in passes]
+        shape = shapes[op]["paper_serving"]
+        out.append(_check(op, "paper_serving", shape, False))
+        out += [_speed(op, "paper_serving", shape, *how) for how in both_dtypes]
+    # The paper's head width, as many behaviours.
+    narrow = shapes[EVO]["sparsity_2"]
+    out.append(_check(EVO, "sparsity_2", narrow, False))
+    narrow = narrow._replace(batch=wide.batch)
+    out += [_speed(EVO, "sparsity_2", narrow, *how, EVERY_RIVAL) for how in both_dtypes]
     for level in (1, 3, 4):
-        name = f"sparsity_{level}"
-        shape = shapes[EVO][name]._replace(batch=wide.batch, width=wide.width)
-        out += [_speed(EVO, f"{name}, wide", shape, *how, FLASH) for how in passes]
-    for op in OPS:
-        rest = [name for name in shapes[op] if name not in first[op]]
-        out += [_check(op, name, shapes[op][name], False) for name in rest]
+        shape = shapes[EVO][f"sparsity_{level}"]
+        out.append(_check(EVO, f"sparsity_{level}", shape, False))
+        shape = shape._replace(batch=wide.batch, width=wide.width)
+        out += [_speed(EVO, f"sparsity_{level}_wide", shape, *how, FLASH) for how in both_dtypes]
     for length in LENGTHS:
-        shape = evo.of_length(length, "wide")._replace(
-            batch=wide.batch * wide.length // length // 4
-        )
-        out.append(_speed(EVO, f"wide, L={length}", shape, "bfloat16", True, FLASH))
+        shape = evo.of_length(length, "wide")
+        shape = shape._replace(batch=shape.batch // 4)
+        out.append(_speed(EVO, f"wide_{length}", shape, "bfloat16", True, FLASH))
+    done = {entry.name.split()[2] for entry in out if entry.name.startswith("check")}
     for op in OPS:
-        rest = [name for name in shapes[op] if name not in first[op]]
-        for name in rest:
-            out += [_speed(op, name, shapes[op][name], *how, FLASH[:1]) for how in passes]
-    for op in OPS:
-        out += [_sweep(op, name, shapes[op][name], dtype) for name in first[op] for dtype in DTYPES]
+        for name in [name for name in shapes[op] if name not in done]:
+            out.append(_check(op, name, shapes[op][name], False))
+            out += [_speed(op, name, shapes[op][name], *how, ("keys",)) for how in both_dtypes]
+    for op, name in first.items():
+        out += [_sweep(op, name, shapes[op][name], dtype) for dtype in DTYPES]
     return out
 
 
@@ -184,6 +188,8 @@ def speed(
         every = [_keys(shape, dtype, both), *_full_attention(shape, dtype, both, bench)]
         ways += [way for way in every if any(word in way.name for word in rivals)]
     else:
+        if op == ABSORBED and shape.candidates > 1:  # the tiles that serving has on a CPU
+            ways.append(ours("xla", "xla", tiling="hidden")._replace(name="xla, hidden tiles"))
         ways.append(_copy(work["bytes"], shape.batch, length_of(op, shape)))
     rows, runs = measure(bench, ways)
     result = {

@@ -1,15 +1,15 @@
 """The kernels on one GPU or TPU: are they right, and how fast against what, in a few minutes.
 
     python -m benchmarks.gpu_suite [--out benchmarks/results/gpu_<device>.json] [--minutes 8]
-                                   [--only TEXT] [--small] [--torch_python PATH]
+                                   [--resume] [--only TEXT] [--small] [--torch_python PATH]
 
 Needs jax, flax and absl-py; `python -m benchmarks.report` makes tables of the files. Entries
 (gpu_cases.py) run most important first until the time is up: every op's kernel against float64 and
 the XLA path, then speeds. The file is written anew after each; what was not reached is in it as
-left out.
+left out; --resume goes on with a device's file.
 
 They run in a process of their own, which is replaced when it crashes, loses the device or makes
-nothing of one way for a minute; that way is then left out of its entry. --small is what a host
+nothing of one way for 90 seconds; that way is then left out of its entry. --small is what a host
 without a device can run: interpreted kernels, tiny shapes, times that say nothing.
 
 Times are medians of rounds over all ways of an entry, blocked at the end of each; ratios are
@@ -36,14 +36,14 @@ from pathlib import Path
 import jax
 
 from benchmarks.gpu_cases import Entry, entries
-from benchmarks.gpu_timing import Bench, LeftOut, said
+from benchmarks.gpu_timing import TIME_UP, Bench, LeftOut, said
 from kernels import dispatch
 
 RESULTS = Path("benchmarks/results")
 # Issue 6: at L = 1024, Sparsity-2, a million behaviours, 8 heads of 32, bfloat16 and float32.
 GOALS = {"xla": 2.0, "same bias": 10.0, "no bias": 2.0}  # times as fast as
 COPY_GOAL = 0.6  # of a copy's speed, where bytes are what an op waits for
-START_SECONDS, WAY_SECONDS = 90, 60
+START_SECONDS, WAY_SECONDS = 90, 90
 SMALL = "not a device: interpreted kernels at tiny shapes, times that say nothing"
 WRAP_UP = 20  # seconds before the end in which nothing is begun; a tenth of shorter runs
 ENVIRONMENT = {  # of the worker: torch's process needs room on the device beside it
@@ -174,27 +174,28 @@ def run_all(
     """
     began = time.time()
     until, begin_until = began + seconds, began + seconds - min(WRAP_UP, seconds / 10)
+    record["minutes_used"].append(0.0)
     try:
         for entry in todo:
             start, result, without = time.time(), None, {}
             while result is None:
                 if time.time() > begin_until:
-                    result = {"status": "left out", "error": "the time was up"}
+                    result = {"status": "left out", "error": TIME_UP}
                     break
                 try:
                     worker = worker or Worker(options)
                     result = worker.run(entry, without, begin_until, until)
                 except Died as error:
                     worker, reason = None, f"{error} at {error.way or 'the start'}"
-                    if error.way is None or error.way in without:
-                        result = {"status": "failed", "error": reason}
-                    else:
+                    if error.way and error.way not in without:
                         without[error.way] = reason
+                    elif time.time() < begin_until:
+                        result = {"status": "failed", "error": reason}
             result = {"name": entry.name, **result, "wall_s": round(time.time() - start, 1)}
             if result.get("kind") == "speed":
                 result["ratios"] = ratios(result, rates(record["entries"]))
             record["entries"].append(result)
-            record["minutes_used"] = round((time.time() - began) / 60, 2)
+            record["minutes_used"][-1] = round((time.time() - began) / 60, 2)
             write(record, path)
             print("\n".join(lines(result)), flush=True)
     finally:
@@ -299,37 +300,55 @@ def rate_of(row: dict) -> str:
     )
 
 
+def record_of(path: Path, command: str, small: bool, device: dict, resume: bool) -> dict:
+    """What goes into the file before anything has run; with `resume`, what was whole in it."""
+    record = {
+        "commands": [command],
+        "date": datetime.date.today().isoformat(),
+        "measures": None if small else device["device"],
+        "note": SMALL if small else "",
+        **device,
+        "minutes_used": [],
+        "entries": [],
+    }
+    if resume and path.exists():
+        old = json.loads(path.read_text())
+        record["commands"] = [*old["commands"], command]
+        record["minutes_used"] = old["minutes_used"]
+        record["entries"] = [entry for entry in old["entries"] if is_whole(entry)]
+    return record
+
+
+def is_whole(entry: dict) -> bool:
+    """Whether it ran, with all its rows."""
+    rows = entry.get("rows", [])
+    return entry["status"] == "ok" and all(row.get("left out") != TIME_UP for row in rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu_<device>.json")
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--resume", action="store_true", help="run what is not in the file yet")
     parser.add_argument("--only", default="", help="entries with this in their name")
     parser.add_argument("--small", action="store_true", help="tiny; for a host without a device")
     parser.add_argument("--torch_python", default=sys.executable, help="an interpreter with torch")
     args = parser.parse_args(argv)
     options = {"small": args.small, "torch_python": args.torch_python}
-    todo = [entry for entry in entries(args.small) if args.only in entry.name]
     began, worker = time.time(), Worker(options)
-    kind = worker.device
-    if kind["platform"] == "cpu" and not args.small:
+    device = worker.device
+    if device["platform"] == "cpu" and not args.small:
         worker.stop()
         sys.exit("JAX sees no accelerator here; --small runs on a CPU, and measures nothing")
-    slug = re.sub(r"[^a-z0-9]+", "_", kind["device"].lower()).strip("_")
-    folder = Path("runs") if args.small else RESULTS
-    command = ["python -m benchmarks.gpu_suite", f"--minutes {args.minutes:g}"]
-    command += ["--small"] * args.small + [f"--only '{args.only}'"] * bool(args.only)
-    record = {
-        "command": " ".join(command),
-        "date": datetime.date.today().isoformat(),
-        "measures": None if args.small else kind["device"],
-        "note": SMALL if args.small else "",
-        "minutes": args.minutes,
-        "minutes_used": 0.0,
-        **kind,
-        "entries": [],
-    }
-    path = args.out or folder / f"gpu_{slug}.json"
+    slug = re.sub(r"[^a-z0-9]+", "_", device["device"].lower()).strip("_")
+    path = args.out or (Path("runs") if args.small else RESULTS) / f"gpu_{slug}.json"
+    command = f"python -m benchmarks.gpu_suite --minutes {args.minutes:g}"
+    command += " --small" * args.small + " --resume" * args.resume
+    command += f" --only '{args.only}'" * bool(args.only)
+    record = record_of(path, command, args.small, device, args.resume)
     print(record["device"], record["versions"], record["note"], flush=True)
+    have = {entry["name"] for entry in record["entries"]}
+    todo = [e for e in entries(args.small) if args.only in e.name and e.name not in have]
     run_all(todo, record, path, 60 * args.minutes + began - time.time(), options, worker)
     print(f"\nwrote {path}")
 

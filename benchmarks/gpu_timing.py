@@ -25,6 +25,7 @@ from kernels.dispatch import platform
 
 TOO_LARGE = ("RESOURCE_EXHAUSTED", "out of memory")
 DEVICE_LOST = 70  # the exit code of a worker whose device answers no more
+TIME_UP = "the time was up"
 MOST_REPEATS = 100
 LONGEST_MESSAGE = 500
 
@@ -83,7 +84,7 @@ class Bench:
         if way in self.without:
             raise RuntimeError(self.without[way])
         if time.time() > self.deadline:
-            raise LeftOut("the time was up")
+            raise LeftOut(TIME_UP)
         self.tell(way)
 
     @property

@@ -61,7 +61,7 @@ def device_table(record: dict) -> str:
     v = record["versions"]
     out = [
         f"**{record['device']}**, driver {record['driver']}, jax {v['jax']}, jaxlib {v['jaxlib']}, "
-        f"{record['date']}; `{record['command']}`. {checks(record)}",
+        f"{record['date']}; `{'`, `'.join(record['commands'])}`. {checks(record)}",
         "",
         "| op, shape, dtype, pass | kernel, ms | compiling, s | x XLA path "
         "| x full attention, same bias | x full attention, no bias | of a copy | GFLOP/s |",

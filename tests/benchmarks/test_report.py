@@ -1,0 +1,143 @@
+"""Tables from the benchmarks' files: what they say, and where they are put."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def entry(op, way, ratio, name="wide", **more):
+    kernel = {"name": "pallas_gpu", "role": "kernel", "note": "", "ms": 1.5, "compile_s": 2.0}
+    other = {"name": "xla", "role": "xla", "note": "", "ms": 1.5 * ratio, "compile_s": 2.0}
+    found = {"xla": {"against": "xla", "ratio": ratio}}
+    return {"name": f"speed {op} {name} bfloat16 {way}", "kind": "speed", "status": "ok", "op": op,
+            "dtype": "bfloat16", "pass": way, "is_goal": False, "rows": [kernel, other],
+            "ratios": found, "agrees": True} | more  # fmt: skip
+
+
+@pytest.fixture
+def record():
+    """A run of evo_attention's kernel that is faster than XLA, of STA's that is not always."""
+    evo, sta, absorbed = report.OPS
+    goal = {"xla": {"against": "xla", "ratio": 2.5, "goal": 2.0, "met": True},
+            "same bias": {"against": "tiled, same bias", "ratio": 8.04, "goal": 10.0, "met": False},
+            "no bias": {"against": "jax.nn cudnn, no bias", "ratio": 3.0, "goal": 2.0,
+                        "met": True}}  # fmt: skip
+    torch = {"name": "torch SDPA, same bias", "role": "same bias", "note": "", "error": "no torch"}
+    first = entry(evo, "forward", 2.5, is_goal=True, ratios=goal)
+    first["rows"].append(torch)
+    return {
+        "device": "NVIDIA H200", "platform": "gpu", "measures": "NVIDIA H200", "driver": "580",
+        "date": "2026-01-01", "commands": ["python -m benchmarks.gpu_suite"],
+        "versions": {"jax": "0.11.2", "jaxlib": "0.11.2"},
+        "entries": [
+            {"name": f"check {evo} wide", "kind": "check", "status": "ok", "ok": True},
+            {"name": f"check {absorbed} ragged", "kind": "check", "status": "ok", "ok": False},
+            {"name": f"check {sta} late", "status": "left out", "error": "the time was up"},
+            first,
+            entry(evo, "forward+backward", 1.25),
+            entry(sta, "forward", 3.0),
+            entry(sta, "forward+backward", 0.9, name="paper"),
+            entry(absorbed, "forward", 5.0),
+            {"name": f"speed {evo} late bfloat16 forward", "status": "left out",
+             "error": "the time was up"},
+            {"name": f"blocks {evo} wide bfloat16", "kind": "sweep", "status": "ok",
+             "rows": [{"name": "32", "ms": 3.0}, {"name": "64", "ms": 2.0}]},
+        ],
+    }  # fmt: skip
+
+
+def test_nothing_is_claimed_without_a_device(record):
+    small = copy.deepcopy(record) | {"measures": None}
+    for records in ([], [small]):
+        tables = report.tables(records)
+        assert report.NOT_MEASURED in tables["gpu"] and tables["headline"] == report.NOT_MEASURED
+        assert tables["blocks"] == report.NOT_MEASURED
+        lines = tables["preferred"].splitlines()[2:]
+        assert len(lines) == 6 and all("xla (not measured) | xla |" in line for line in lines)
+
+
+def test_a_devices_table_says_what_was_met_missed_and_not_reached(record):
+    table = report.tables([record])["gpu"]
+    assert "**NVIDIA H200**, driver 580, jax 0.11.2" in table
+    assert "Checks: 1 of 2 passed; not absorbed_target_attention ragged." in table
+    line = next(x for x in table.splitlines() if "wide bfloat16 forward |" in x)
+    assert "| 1.5 | 2.0 | **2.5** (goal 2) | 8.04 (goal 10: missed), tiled |" in line
+    assert "**3** (goal 2), jax.nn cudnn |" in line
+    assert "Without a figure: evo_attention late bfloat16 forward (the time was up)" in table
+    assert "Not compared with: torch SDPA, same bias (no torch)" in table
+    headline = report.tables([record])["headline"]
+    assert headline.startswith("NVIDIA H200: 2.5x XLA path, 8.04x full attention with the same")
+    assert report.tables([record])["blocks"].startswith(
+        "- NVIDIA H200, evo_attention wide bfloat16: 64"
+    )
+
+
+def test_the_default_is_a_kernel_that_is_faster_everywhere_and_right(record):
+    evo, sta, absorbed = report.OPS
+    assert report.judged([record], evo, "gpu")[0]
+    assert report.judged([record], evo, "tpu") == (False, report.NOT_MEASURED)
+    is_kernel, why = report.judged([record], sta, "gpu")
+    assert not is_kernel and why.startswith("0.9x the XLA path at its worst: speed")
+    is_kernel, why = report.judged([record], absorbed, "gpu")
+    assert not is_kernel and "is wrong: check absorbed" in why
+    table = report.tables([record])["preferred"]
+    assert "| evo_attention | gpu | pallas_gpu (1.25x" in table and "to be changed" in table
+
+
+def test_other_devices_failures_and_half_measurements_keep_xla(record):
+    evo = report.OPS[0]
+    slower = copy.deepcopy(record) | {"device": "NVIDIA T4"}
+    slower["entries"][3]["ratios"]["xla"]["ratio"] = 0.5
+    assert "NVIDIA T4" in report.judged([record, slower], evo, "gpu")[1]
+    broken = copy.deepcopy(record)
+    del broken["entries"][4]["rows"][0]["ms"]
+    assert "does not run" in report.judged([broken], evo, "gpu")[1]
+    failed = copy.deepcopy(record)
+    failed["entries"][4] = {"name": failed["entries"][4]["name"], "status": "failed", "error": "x"}
+    assert "does not run" in report.judged([failed], evo, "gpu")[1]
+    differs = copy.deepcopy(record)
+    differs["entries"][4]["agrees"] = False
+    assert "is wrong" in report.judged([differs], evo, "gpu")[1]
+    half = copy.deepcopy(record)
+    del half["entries"][4]
+    assert report.judged([half], evo, "gpu") == (False, "measured forward only")
+
+
+def test_blocks_are_replaced_in_place_and_the_rest_is_left(tmp_path, record, capsys):
+    page = "a\n<!-- report:gpu -->\nold\n<!-- /report -->\n"
+    page += "b <!-- report:headline -->x<!-- /report -->|\n"
+    evo = "<!-- report:evo_attention -->\nkept\n<!-- /report -->\n"
+    (tmp_path / "README.md").write_text(page + evo)
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(record))
+    report.main([str(file), "--write", "--root", str(tmp_path)])
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("a\n<!-- report:gpu -->\n**NVIDIA H200**") and "old" not in text
+    assert "b <!-- report:headline -->NVIDIA H200: 2.5x" in text and text.endswith(evo)
+    report.main([str(file), "--write", "--root", str(tmp_path)])
+    assert (tmp_path / "README.md").read_text() == text
+    assert capsys.readouterr().out.count("wrote") == 1
+    (tmp_path / "README.md").write_text("<!-- report:nothing --><!-- /report -->")
+    with pytest.raises(SystemExit, match="there is no table 'nothing'"):
+        report.main([str(file), "--write", "--root", str(tmp_path)])
+
+
+def test_the_pages_hold_the_tables_of_the_files():
+    files = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    records = [r for r in (json.loads(f.read_text()) for f in files) if isinstance(r, dict)]
+    tables, found = report.tables(records), 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        found += len(report.MARKED.findall(text))
+        assert report.replaced(text, tables, set(tables)) == text, (
+            f"{page.name}: run python -m benchmarks.report --write"
+        )
+    assert found == len(tables)
+    printed = tables["evo_attention"].splitlines()
+    assert printed[3].startswith("| Sparsity-2 (16, 2, 5) | 14 | 5.2 | **14.9** | 13.2 | 52; 91")
