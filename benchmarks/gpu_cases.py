@@ -111,7 +111,7 @@ def entries(small: bool) -> list[Entry]:
     for op in OPS:
         for name in [name for name in shapes[op] if name not in done]:
             out.append(_check(op, name, shapes[op][name], False))
-            out += [_speed(op, name, shapes[op][name], *how, ("keys",)) for how in both_dtypes]
+            out += [_speed(op, name, shapes[op][name], *how) for how in both_dtypes]
     for op, name in first.items():
         out += [_sweep(op, name, shapes[op][name], dtype) for dtype in DTYPES]
     return out
@@ -169,7 +169,7 @@ def speed(
 
     Args:
       both: forward and backward pass. rivals: words that the rivals' names must hold one of.
-      is_goal: whether issue 6's goals are of this shape.
+      is_goal: whether the goals (gpu_suite.GOALS) are of this shape.
     """
     arguments = functools.cache(
         lambda batch: draw(op, shape._replace(batch=batch), dtype)[: None if both else -1]
@@ -240,24 +240,31 @@ def _keys(shape: evo.Shape, dtype: str, both: bool) -> Way:
         return *aggregate.apply(weights, k, v, chunks), gather_rows(k, index), gather_rows(v, index)
 
     def make(batch):
-        k, v, _, _, times = _qkv(shape._replace(batch=batch), dtype)
+        _, k, v, _, times = _qkv(shape._replace(batch=batch), dtype)
         mask = jnp.ones(times.shape, bool)
         few = (k[:1], v[:1], time_chunks(times[:1], mask[:1], shape.chunks))
         weights = aggregate.init(jax.random.key(0), *few)
-        return (_pulled(keys, 3) if both else keys), (k, v, weights, times, mask)
+        return _pulled(keys, 3 * both, (k, v, weights, times, mask))
 
     return Way("keys", "keys", shape.batch, shape.length, make)
 
 
-def _pulled(function: Callable, number: int) -> Callable:
-    """The function's results and the gradients of its first arguments, cotangents all ones."""
+def _pulled(function: Callable, number: int, arguments: tuple) -> tuple[Callable, tuple]:
+    """The function with the gradients of its first `number` arguments, if any, and its arguments,
+    to which cotangents are added: as arguments, so that a compiler does not know them."""
+    if not number:
+        return function, arguments
 
     def both(*arguments):
+        *arguments, cotangents = arguments
         rest = arguments[number:]
         out, pull = jax.vjp(lambda *x: function(*x, *rest), *arguments[:number])
-        return out, pull(jax.tree.map(jnp.ones_like, out))
+        return out, pull(cotangents)
 
-    return both
+    cotangents = jax.tree.map(
+        lambda x: jnp.ones(x.shape, x.dtype), jax.eval_shape(function, *arguments)
+    )
+    return both, (*arguments, cotangents)
 
 
 def _qkv(shape: evo.Shape, dtype: str):
@@ -275,47 +282,44 @@ def _full_attention(shape: evo.Shape, dtype: str, both: bool, bench: Bench) -> l
     while few > 1 and few * of_request > 0.3 * bench.memory:
         few //= 2
     arguments = functools.cache(lambda batch: _qkv(shape._replace(batch=batch), dtype))
-    rel, none = RelTemporal(), dense_attention.NO_BIAS
-    width = {n: max(n, shape.width) for n in (1, 8, 16)}
-
-    def padded(n: int, note: str = "") -> str:
-        return "; ".join([note] * bool(note) + [f"padded to {n}"] * (shape.width < n))
-
-    def of_jax(name, form, *options, bias=True, batch=few, note="") -> Way:
-        def make(batch):
-            function = functools.partial(form, *options)
-            return (_pulled(function, 4 if bias else 3) if both else function), arguments(batch)
-
-        if batch < shape.batch:
-            note = f"{batch} of {shape.batch} requests" + (f"; {note}" if note else "")
-        role = "same bias" if bias else "no bias"
-        return Way(f"{name}, {role}", role, batch, shape.length, make, note=note)
-
-    def of_torch(name, kind, n, bias=True, batch=shape.batch, note="") -> Way:
-        role = "same bias" if bias else "no bias"
-        asked = dict(kind=kind, bias=bias, backward=both, heads=shape.heads, width=shape.width,
-                     padded=width[n], dtype=dtype)  # fmt: skip
-        if batch < shape.batch:
-            note = f"{batch} of {shape.batch} requests" + (f"; {note}" if note else "")
-        note = padded(n, note)
-        return Way(f"{name}, {role}", role, batch, shape.length, torch=asked, note=note)
-
     library, blocks = dense_attention.library, dense_attention.dense_blocks
-    no_slopes = "no gradient of the slopes" if both else ""
-    given = "; ".join(["bias made beforehand"] + [no_slopes] * both)
-    everyone = shape.batch
+    tiled = dense_attention.dense_tiled
+
+    def way(name: str, bias: bool, batch: int, least: int, ask: Any, *notes: str) -> Way:
+        """ask: (rel, head width) -> form, or torch's kind; least: of head widths it can take."""
+        rel = RelTemporal() if bias else dense_attention.NO_BIAS
+        width = max(least, shape.width)
+        notes += (f"{batch} of {shape.batch} requests",) * (batch < shape.batch)
+        notes += (f"heads padded to {width}",) * (width > shape.width)
+        role = "same bias" if bias else "no bias"
+        shared = (f"{name}, {role}", role, batch, shape.length)
+        if isinstance(ask, str):
+            torch = dict(kind=ask, bias=bias, backward=both, heads=shape.heads, dtype=dtype,
+                         width=shape.width, padded=width)  # fmt: skip
+            notes += ("no gradient of the slopes",) * (bias and both)
+            return Way(*shared, torch=torch, note="; ".join(notes))
+
+        def make(batch):
+            return _pulled(ask(rel, width), (3 + bias) * both, arguments(batch))
+
+        return Way(*shared, make, note="; ".join(notes))
+
+    def of_library(implementation):
+        return lambda rel, width: functools.partial(library, implementation, rel, width)
+
+    of_blocks = lambda rel, _: functools.partial(blocks, min(256, shape.length), rel)  # noqa: E731
+    of_tiles = lambda rel, _: functools.partial(tiled, 0, rel)  # noqa: E731
     return [
-        of_jax("jax.nn cudnn", library, "cudnn", none, width[8], bias=False, batch=everyone,
-               note=padded(8)),
-        of_jax("jax.nn cudnn", library, "cudnn", rel, width[8], note=padded(8)),
-        of_torch("torch SDPA", "sdpa", 8, bias=False),
-        of_torch("torch FlexAttention", "flex", 16, note=no_slopes),
-        of_torch("torch SDPA", "sdpa", 8, batch=few, note=given),
-        of_jax("jax.nn xla", library, "xla", rel, width[1]),
-        of_jax("blocks of 256", blocks, min(256, shape.length), rel),
-        of_jax("tiled", dense_attention.dense_tiled, 0, rel),
-        of_jax("jax.nn xla", library, "xla", none, width[1], bias=False),
-    ]  # fmt: skip
+        way("jax.nn cudnn", False, shape.batch, 8, of_library("cudnn")),
+        way("jax.nn cudnn", True, few, 8, of_library("cudnn")),
+        way("torch SDPA", False, shape.batch, 8, "sdpa"),
+        way("torch FlexAttention", True, shape.batch, 16, "flex"),
+        way("torch SDPA", True, few, 8, "sdpa", "bias made beforehand"),
+        way("jax.nn xla", True, few, 1, of_library("xla")),
+        way("blocks of 256", True, few, 1, of_blocks),
+        way("tiled", True, few, 1, of_tiles),
+        way("jax.nn xla", False, few, 1, of_library("xla")),
+    ]
 
 
 def sweep(op: str, shape: Any, dtype: str, bench: Bench) -> dict:

@@ -40,7 +40,7 @@ from benchmarks.gpu_timing import TIME_UP, Bench, LeftOut, said
 from kernels import dispatch
 
 RESULTS = Path("benchmarks/results")
-# Issue 6: at L = 1024, Sparsity-2, a million behaviours, 8 heads of 32, bfloat16 and float32.
+# At L = 1024, Sparsity-2, a million behaviours, 8 heads of 32, bfloat16 and float32.
 GOALS = {"xla": 2.0, "same bias": 10.0, "no bias": 2.0}  # times as fast as
 COPY_GOAL = 0.6  # of a copy's speed, where bytes are what an op waits for
 START_SECONDS, WAY_SECONDS = 90, 90

@@ -125,7 +125,7 @@ def compared(found: dict | None, role: str) -> str:
 
 
 def headline(record: dict) -> str:
-    """EvoAttention at issue 6's shape, forward; forward and backward."""
+    """EvoAttention at the goals' shape in bfloat16: forward; forward and backward."""
     entries = [e for e in of_kind(record, "speed") if e.get("is_goal") and e["dtype"] == "bfloat16"]
     found = {e["pass"]: e["ratios"] for e in entries}
     parts = []
