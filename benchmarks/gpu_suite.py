@@ -60,6 +60,7 @@ def serve(connection, options: dict) -> None:
     """Runs (entry, without, deadline) as they come; answers ("making", way), ("done", result)."""
     os.setsid()  # one group with torch's process, to be ended together
     os.environ.update(ENVIRONMENT)
+    jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is reported
     bench = Bench(**options, tell=lambda way: connection.send(("making", way)))
     connection.send(("device", described()))
     while True:
