@@ -277,7 +277,7 @@ def lines(result: dict):
     for row in result.get("rows", []):
         if "ms" in row:
             yield (
-                f"  {row['name']:32}{row['ms']:10.3f} ms{row['ns_per_behaviour']:11.4f} ns a row"
+                f"  {row['name']:32}{row['ms']:10.3f} ms {row['ns_per_behaviour']:11.4f} ns a row"
                 f"{rate_of(row)}, compiled in {row['compile_s']:.1f} s  {row['note']}"
             )
         else:
