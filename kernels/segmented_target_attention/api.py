@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
+from kernels import dispatch, meshes
 from kernels.segmented_target_attention import pallas_gpu, pallas_tpu, reference
 from kernels.segmented_target_attention.blocks import Blocks, blocks_for
 
@@ -67,22 +67,28 @@ def segmented_target_attention(
       ValueError: shapes or dtypes that do not fit, or an implementation that cannot run here.
     """
     _check(q, k, v, mask, bias, segment, activation)
-    refusals = dispatch.cannot_run_here(interpret) | _refusals(q, activation)
+    refusals = dispatch.cannot_run_here(interpret, len(q)) | _refusals(q, activation)
     chosen = dispatch.choose(OP, implementation, refusals, PREFERRED)
     if chosen == "xla":
         return reference.segmented(
             q, k, v, mask, bias, segment=segment, activation=activation, tile_bytes=tile_bytes
         )
     blocks = blocks or blocks_for(chosen, q.dtype, k.shape[1])
-    return _kernel((chosen, segment, blocks, interpret), q, k, v, mask, bias)
+    how = (dispatch.request_axes(), chosen, segment, blocks, interpret)
+    return _kernel(how, q, k, v, mask, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kernel(how, q, k, v, mask, bias):
-    implementation, segment, blocks, interpret = how
-    return KERNELS[implementation].forward(
-        q, k, v, mask, bias, segment=segment, blocks=blocks, interpret=interpret
-    )
+    axes, implementation, segment, blocks, interpret = how
+
+    def forward(requests, bias):
+        z = KERNELS[implementation].forward(
+            *requests, bias, segment=segment, blocks=blocks, interpret=interpret
+        )
+        return z, ()
+
+    return meshes.over_requests(axes, forward, (q, k, v, mask), bias)[0]
 
 
 def _kernel_forward(how, *arguments):
@@ -90,11 +96,18 @@ def _kernel_forward(how, *arguments):
 
 
 def _kernel_backward(how, arguments, dz):
-    implementation, segment, blocks, interpret = how
-    dq, dk, dv, dbias = KERNELS[implementation].backward(
-        *arguments, dz, segment=segment, blocks=blocks, interpret=interpret
-    )
-    return dq, dk, dv, None, dbias.astype(arguments[-1].dtype)
+    axes, implementation, segment, blocks, interpret = how
+    *requests, bias = arguments
+
+    def backward(requests, bias):
+        (q, k, v, mask), dz = requests
+        *gradients, dbias = KERNELS[implementation].backward(
+            q, k, v, mask, bias, dz, segment=segment, blocks=blocks, interpret=interpret
+        )
+        return gradients, dbias
+
+    gradients, dbias = meshes.over_requests(axes, backward, (requests, dz), bias)
+    return *gradients, None, dbias.astype(bias.dtype)
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)
