@@ -44,7 +44,8 @@ class _Scope:
     used: set[str] = dataclasses.field(default_factory=set)
 
 
-_SCOPE = contextvars.ContextVar("scope", default=_Scope())
+_OUTSIDE = _Scope()
+_SCOPE = contextvars.ContextVar("scope", default=_OUTSIDE)
 
 
 @contextlib.contextmanager
