@@ -328,7 +328,7 @@ def test_compiles_for_tpus(tpu, length, dtype):
 def test_named_shapes_compile_for_tpu(name, dtype):
     shape = shapes.SHAPES[name]
     # Rows of heads of 16 and 64 lie in another order than the kernels'; whole ones do not.
-    most = 0.01 if shape.tied else 1.3
+    most = 0.01 if shape.tied else 1.6
     for function, arguments in shapes.calls(shape, "pallas_tpu", dtype).values():
         needed = ahead_of_time.tpu_bytes("v5e:2x2", function, *arguments)
         assert needed.temporaries <= most * (needed.arguments + needed.outputs), needed
