@@ -129,7 +129,7 @@ class SegmentedTargetAttention(nn.Module):
             query = jnp.einsum("bchk,dhk->bchd", query, folded)
             z = segmented_target_attention(
                 query,
-                history.behaviours[:, :, None],
+                history.behaviours.reshape(b, -1, 1, d),
                 None,
                 history.mask,
                 self.bias,

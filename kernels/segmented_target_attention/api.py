@@ -77,7 +77,7 @@ def segmented_target_attention(
     if chosen == "xla":
         how = dict(segment=segment, activation=activation, scale=scale)
         if v is None:
-            return pooled_sums(q, k[:, :, 0], mask, bias, **how)
+            return pooled_sums(q, k.reshape(*k.shape[:2], -1), mask, bias, **how)
         return reference.segmented(q, k, v, mask, bias, **how, tile_bytes=tile_bytes)
     blocks = blocks or blocks_for(chosen, q.dtype, k.shape[1])
     static = Static(segment, activation, scale, blocks, interpret)
