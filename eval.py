@@ -36,6 +36,7 @@ def main(argv):
     from ctr_jax.manifests import Damaged
     from ctr_jax.reports import format_table, summary_rows
     from ctr_jax.writers import quiet_checkpoint_logs
+    from kernels.dispatch import CannotRun
 
     jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)  # only CPU backends read it
     logging.set_verbosity(logging.INFO)
@@ -44,7 +45,9 @@ def main(argv):
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
     try:
         results = evaluate(config, workdir, STEP.value, WATCH.value, relative_to=RELATIVE_TO.value)
-    except (ConfigError, ConfigMismatch, Damaged, DataError, FileNotFoundError) as error:
+    except (
+        CannotRun, ConfigError, ConfigMismatch, Damaged, DataError, FileNotFoundError
+    ) as error:  # fmt: skip
         sys.exit(f"{type(error).__name__}: {error}")
     for split, result in results.items():
         print(f"\n{config.name}, {split}")

@@ -49,6 +49,7 @@ def main(argv):
     from ctr_jax.planner import CannotPlan, parse_rows, plan
     from ctr_jax.training import NonFiniteLoss, train
     from ctr_jax.writers import quiet_checkpoint_logs
+    from kernels.dispatch import CannotRun
 
     devices = CPU_DEVICES.value
     if PLAN.value and PLAN.value.startswith("cpu:") and PLAN.value[4:].isdigit():
@@ -71,7 +72,8 @@ def main(argv):
         workdir = WORKDIR.value or Path("runs") / config.name
         done = train(config, workdir, resume_anyway=RESUME_ANYWAY.value)
     except (
-        CannotPlan, ConfigError, ConfigMismatch, Damaged, DataError, NonFiniteLoss, SaveFailed
+        CannotPlan, CannotRun, ConfigError, ConfigMismatch, Damaged, DataError, NonFiniteLoss,
+        SaveFailed,
     ) as error:  # fmt: skip
         processes.leave(f"{type(error).__name__}: {error}")  # the user's to mend: no traceback
     except jax.errors.JaxRuntimeError as error:

@@ -39,6 +39,8 @@ def base_config() -> ConfigDict:
     # On a CPU a few at a time stay in cache, which is faster; on an accelerator it saves memory.
     config.micro_batch = 0
     config.dtype = "float32"  # of the model's activations: float32 | bfloat16 (precision.py)
+    # Of its attention: auto (what was measured to be fastest) | xla | pallas (docs/kernels.md).
+    config.kernels = "auto"
 
     # Model: config.model.module has build(config.model, spec) -> (flax module, columns).
     config.model = ConfigDict()

@@ -12,6 +12,7 @@ from ctr_jax import embedding, flops, precision, sharding, steps
 from ctr_jax.batch import EmbeddedBatch
 from ctr_jax.data import open_data
 from ctr_jax.features import DataSpec
+from kernels import dispatch
 
 
 def describe(config: ConfigDict) -> str:
@@ -66,9 +67,10 @@ def operations(experiment: steps.Experiment, candidates: int, requests: int = 1)
     """{component: operations} of the forward pass for requests of C = `candidates`."""
     variables = _variables(experiment)
     embedded = _embedded(experiment, requests, candidates)
-    counts = flops.count(
-        lambda v, x: experiment.model.apply(v, x, False)[0], variables, embedded, depth=4
-    )
+    with dispatch.scope("xla"):
+        counts = flops.count(
+            lambda v, x: experiment.model.apply(v, x, False)[0], variables, embedded, depth=4
+        )
     model = type(experiment.model).__name__  # the outermost component, of all alike
     return {name.removeprefix(model).lstrip("/"): n for name, n in counts.items()}
 
@@ -81,10 +83,11 @@ def activation_bytes(experiment: steps.Experiment) -> tuple[int, int]:
     variables = _variables(experiment)
 
     def forward(variables, embedded):
-        return model.apply(variables, embedded, False)[0]
+        with dispatch.scope(config.kernels):
+            return model.apply(variables, embedded, False)[0]
 
     evaluated = _embedded(experiment, config.eval_batch_size, candidates)
-    gradient, arguments = training_pass(experiment)
+    gradient, arguments = training_pass(experiment, config.kernels)
     programs = (
         jax.jit(forward).lower(variables, evaluated),
         jax.jit(gradient).lower(*arguments),
@@ -92,20 +95,21 @@ def activation_bytes(experiment: steps.Experiment) -> tuple[int, int]:
     return tuple(p.compile().memory_analysis().temp_size_in_bytes for p in programs)
 
 
-def training_pass(experiment: steps.Experiment) -> tuple[Callable, tuple]:
+def training_pass(experiment: steps.Experiment, kernels: str) -> tuple[Callable, tuple]:
     """(gradient, its arguments as shapes): forward and backward of the model on a global training
-    batch, with respect to its parameters and the looked-up vectors."""
+    batch, with respect to its parameters and the looked-up vectors; kernels: as of the config."""
     config, model = experiment.config, experiment.model
 
     def loss(variables, vectors, embedded):
         params, vectors = precision.rounded((variables["params"], vectors), config.dtype)
-        (logits, _), _ = model.apply(
-            {**variables, "params": params},
-            EmbeddedBatch(embedded.batch, vectors),
-            True,
-            rngs={"dropout": jax.random.key(0)},
-            mutable=["batch_stats"],
-        )
+        with dispatch.scope(kernels):
+            (logits, _), _ = model.apply(
+                {**variables, "params": params},
+                EmbeddedBatch(embedded.batch, vectors),
+                True,
+                rngs={"dropout": jax.random.key(0)},
+                mutable=["batch_stats"],
+            )
         return logits.sum()
 
     embedded = _embedded(experiment, config.batch_size, experiment.spec.max_candidates)

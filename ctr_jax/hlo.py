@@ -227,4 +227,9 @@ def _group_size(behind: str, devices: int) -> int:
         return int(match.group(1))
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", behind):
         return len(match.group(1).split(","))
+    # From jax 0.12 on: the mesh, and which of its axes, or what part of one ('axis':(before)size).
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", behind):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match.group(1)))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match.group(2))
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return devices

@@ -27,6 +27,7 @@ from ctr_jax.data.expected import expected_spec
 from ctr_jax.describe import training_pass
 from ctr_jax.features import DataSpec
 from kernels import ahead_of_time
+from kernels.dispatch import CannotRun
 
 GIB = 1 << 30
 # Memory of one device, as the vendor's pages give it.
@@ -141,6 +142,8 @@ def make_plan(config: ConfigDict, spec: DataSpec, target: str) -> Plan:
         shape = dict(mesh.shape)
         try:
             compiled = steps.train_step(experiment).lower(state, batch).compile()
+        except CannotRun as error:
+            raise CannotPlan(f"--plan={target}: {error}") from error
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -221,9 +224,10 @@ def _part(argument: str) -> str:
 def _operations(experiment: steps.Experiment) -> float:
     """Floating-point operations of the model's forward and backward pass on a global batch.
 
-    Counted on the traced program, as XLA's own count takes the rounds of a loop for one.
+    Counted on the traced program of XLA's path, as XLA's own count takes the rounds of a loop for
+    one, and kernels make anew what they do not keep.
     """
-    gradient, arguments = training_pass(experiment)
+    gradient, arguments = training_pass(experiment, "xla")
     return float(sum(flops.count(gradient, *arguments).values()))
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, TABLE = "data", "table"
-BATCH = PartitionSpec(DATA)
+BATCH_AXES = (DATA,)  # what kernels are mapped over, too
+BATCH = PartitionSpec(BATCH_AXES)
 
 # Rows of the tables, and of their optimizer's moments, over the "table" axis; all else everywhere.
 STATE_RULES: tuple[tuple[str, PartitionSpec], ...] = (

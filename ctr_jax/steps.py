@@ -31,6 +31,7 @@ from ctr_jax import (
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.config import ConfigError
 from ctr_jax.features import GROUPS, Column, DataSpec, table_shapes
+from kernels import dispatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,9 @@ def bind(config: ConfigDict, spec: DataSpec, mesh: Mesh, total_steps: int) -> Ex
     Raises:
       ConfigError: a batch size does not divide over the mesh's data axis, or what the model and the
         optimizers refuse.
+      CannotRun: config.kernels names kernels that the devices do not have.
     """
+    dispatch.check(config.kernels)
     for name in ("batch_size", "eval_batch_size"):
         if config[name] % mesh.shape[sharding.DATA]:
             raise ConfigError(f"{name} {config[name]} does not divide over mesh {dict(mesh.shape)}")
@@ -223,13 +226,14 @@ def _gradients(experiment: Experiment) -> Callable:
 
     def loss_fn(params, vectors, model_state, batch, denominator, rng):
         params, vectors = precision.rounded((params, vectors), config.dtype)
-        (logits, out), model_state = model.apply(
-            {"params": params, **model_state},
-            EmbeddedBatch(batch, vectors),
-            train=True,
-            rngs={"dropout": rng},
-            mutable=list(model_state),
-        )
+        with dispatch.scope(config.kernels, sharding.BATCH_AXES):
+            (logits, out), model_state = model.apply(
+                {"params": params, **model_state},
+                EmbeddedBatch(batch, vectors),
+                train=True,
+                rngs={"dropout": rng},
+                mutable=list(model_state),
+            )
         logloss = losses.binary_cross_entropy(
             logits,
             batch.label,
@@ -281,7 +285,8 @@ def score_step(experiment: Experiment) -> Callable:
         def part(embedded):
             vectors = precision.rounded(embedded.vectors, config.dtype)
             embedded = EmbeddedBatch(embedded.batch, vectors)
-            return experiment.model.apply(variables, embedded, train=False)[0]
+            with dispatch.scope(config.kernels, sharding.BATCH_AXES):
+                return experiment.model.apply(variables, embedded, train=False)[0]
 
         embedded = _embed(experiment, weights["tables"], batch)
         if parts == 1:

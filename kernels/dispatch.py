@@ -2,7 +2,8 @@
 
 An op says what cannot run here (`refusals`, each with its reason) and what has been shown to beat
 XLA on which platform (`preferred`). A named implementation that cannot run raises; a choice left
-open falls back to XLA.
+open falls back to XLA. `scope` sets the choice, and the mesh axes that hold the batch, for all ops
+called in it.
 
 All of it is asked while the caller is traced. The platform is the one that is compiled for, not the
 one of this process: under `jax.set_mesh` of a topology's devices (kernels/ahead_of_time.py) a CPU
@@ -11,17 +12,80 @@ host compiles for a TPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+
+from kernels import meshes
 
 T = TypeVar("T")
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 RUNS_ON = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}  # how a device names itself -> what it is
+CHOICES = ("auto", "xla", "pallas")  # of a scope: what was measured, XLA, the platform's kernels
+
+
+class CannotRun(ValueError):
+    """The implementation that was asked for cannot run here; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scope:
+    """kernels, batch_axes: as of `scope`. used: ops that ran as a kernel in it."""
+
+    kernels: str = "auto"
+    batch_axes: tuple[str, ...] = ()
+    used: set[str] = dataclasses.field(default_factory=set)
+
+
+_OUTSIDE = _Scope()
+_SCOPE = contextvars.ContextVar("scope", default=_OUTSIDE)
+
+
+@contextlib.contextmanager
+def scope(kernels: str, batch_axes: Sequence[str] = ()) -> Iterator[None]:
+    """For the ops that are called, so traced, within.
+
+    Args:
+      kernels: one of CHOICES, where a call names no implementation.
+      batch_axes: mesh axes that the requests are split over: what lets kernels run under a mesh
+        (kernels/meshes.py).
+    Raises:
+      ValueError, CannotRun: as of `check`.
+      CannotRun: the choice is "pallas" and no op that has kernels was called.
+    """
+    check(kernels)
+    scoped = _Scope(kernels, tuple(batch_axes))
+    token = _SCOPE.set(scoped)
+    try:
+        yield
+    finally:
+        _SCOPE.reset(token)
+    if kernels == "pallas" and not scoped.used:
+        raise CannotRun("kernels 'pallas': what was called has no kernels; choose 'xla' or 'auto'")
+
+
+def check(kernels: str) -> None:
+    """Raises CannotRun if that is none of CHOICES, or the platform has no kernels."""
+    if kernels not in CHOICES:
+        raise CannotRun(f"kernels must be one of {', '.join(CHOICES)}, got {kernels!r}")
+    if kernels == "pallas" and platform() not in RUNS_ON.values():
+        raise CannotRun(
+            f"kernels 'pallas' cannot run: they are for TPUs and GPUs, the target is a "
+            f"{platform()}; choose 'xla' or 'auto'"
+        )
+
+
+def request_axes() -> tuple[str, ...]:
+    """The axes over which a kernel called here has to be mapped, as meshes.over_requests takes
+    them."""
+    return meshes.axes_to_map(_SCOPE.get().batch_axes)
 
 
 def platform() -> str:
@@ -45,26 +109,24 @@ def _mesh_device() -> Any:
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
-def cannot_run_here(interpret: Any) -> dict[str, str]:
-    """The refusals that every op shares: another platform, or a mesh that XLA would partition.
+def cannot_run_here(interpret: Any, batch: int) -> dict[str, str]:
+    """The refusals that every op shares: another platform, or a mesh that a kernel cannot be
+    mapped over.
 
     Args:
-      interpret: the op's; interpreted kernels are plain XLA, so anything true refuses nothing.
+      interpret: the op's; interpreted kernels run on any platform, and XLA partitions them.
+      batch: B.
     """
-    if interpret:
-        return {}
-    here = platform()
-    refusals = {
-        name: f"it runs on a {target}, the target is a {here} (interpret=True runs anywhere)"
-        for name, target in RUNS_ON.items()
-        if target != here
-    }
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = {a: mesh.shape[a] for a in (*mesh.auto_axes, *mesh.explicit_axes)}
-    if any(size > 1 for size in automatic.values()):
-        reason = f"XLA cannot partition a kernel over the mesh axes {automatic}: use jax.shard_map"
-        refusals = {name: refusals.get(name, reason) for name in RUNS_ON}
-    return refusals
+    refusals = {}
+    if not interpret:
+        here = platform()
+        refusals = {
+            name: f"it runs on a {target}, the target is a {here} (interpret=True runs anywhere)"
+            for name, target in RUNS_ON.items()
+            if target != here
+        }
+    reason = meshes.refusal(_SCOPE.get().batch_axes, batch, partitioned=bool(interpret))
+    return {name: reason for name in RUNS_ON if reason} | refusals
 
 
 def choose(
@@ -77,25 +139,31 @@ def choose(
 
     Args:
       op: its name, for messages.
-      implementation: one of IMPLEMENTATIONS; None takes the first of `preferred[platform()]` that
-        is not refused, else "xla".
+      implementation: one of IMPLEMENTATIONS; None does as the scope says, of whose CHOICES "auto"
+        takes the first of `preferred[platform()]` that is not refused, else "xla".
       refusals: implementation -> why it cannot run here on these arguments.
       preferred: platform -> implementations that were measured to beat XLA there, best first.
     Raises:
-      ValueError: an unknown implementation, or a named one that is refused, with its reason.
+      ValueError: an unknown implementation.
+      CannotRun: a named one, or the scope's "pallas", that is refused; with its reason.
     """
-    if implementation is None:
+    scoped = _SCOPE.get()
+    named = implementation
+    if named is None and scoped.kernels != "auto":
+        kernel_of = {target: name for name, target in RUNS_ON.items()}
+        named = "xla" if scoped.kernels == "xla" else kernel_of[platform()]
+    if named is None:
         candidates = preferred.get(platform(), ())
-        return next((name for name in candidates if name not in refusals), "xla")
-    if implementation not in IMPLEMENTATIONS:
+        named = next((name for name in candidates if name not in refusals), "xla")
+    if named not in IMPLEMENTATIONS:
         raise ValueError(
-            f"{op}: implementation must be one of {IMPLEMENTATIONS} or None, got {implementation!r}"
+            f"{op}: implementation must be one of {IMPLEMENTATIONS} or None, got {named!r}"
         )
-    if implementation in refusals:
-        raise ValueError(
-            f"{op}: implementation {implementation!r} cannot run: {refusals[implementation]}"
-        )
-    return implementation
+    if named in refusals:
+        raise CannotRun(f"{op}: implementation {named!r} cannot run: {refusals[named]}")
+    if named != "xla":
+        scoped.used.add(op)
+    return named
 
 
 def block_sizes(

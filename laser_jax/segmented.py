@@ -9,10 +9,9 @@ note: L = 1000, w = 10, d = 128). The equations are not published. Decided here 
     z_j = LN(concat_h(z_j) W_O);  z_j = LN(z_j + FFN(z_j))     irrelevant behaviours stays near zero
 
 Segments are aligned so that the newest is full. Two orders of the projections give the same; the
-one with fewer multiplications is taken:
+one with fewer multiplications is taken (the sums are kernels/segmented_target_attention):
 
     shared         x W_K and x W_V once for all candidates; scores of width k, sums of width d / H
-                   (kernels/segmented_target_attention)
     per_candidate  q W_Q W_K^T meets x itself, and W_V comes after the sums; scores and sums of
                    width d, for each head
 
@@ -22,7 +21,6 @@ heads, k query width.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import flax.linen as nn
@@ -32,7 +30,6 @@ import jax.numpy as jnp
 
 from ctr_jax.layers import token_dot_general, token_product
 from kernels.segmented_target_attention import segmented_target_attention
-from kernels.softmax import masked_softmax
 
 ORDERS = ("auto", "shared", "per_candidate")
 GATES = ("sigmoid", "softmax")
@@ -57,76 +54,6 @@ class History:
     def segments(self, segment: int) -> jax.Array:
         """[B, S] bool, the segments that hold a behaviour."""
         return self.mask.reshape(len(self.mask), -1, segment).any(-1)
-
-
-def pooled_sums(query, x, mask, bias, segment: int, gate: str = "sigmoid") -> jax.Array:
-    """segmented_target_attention with the behaviours themselves as keys and values of all heads.
-
-    Args:
-      query: [B, C, H, d], scaled. x: [B, L, d]. mask: [B, L] bool. bias: [H].
-      gate: "sigmoid", or "softmax" over each segment's behaviours.
-    Returns:
-      [B, C, S, H, d].
-    """
-    b, c, h, d = query.shape
-    rows = query.reshape(b, c * h, d), x, mask, jnp.tile(bias, c)
-    if gate == "sigmoid":
-        sums = _sigmoid_sums(*rows, segment)
-    else:
-        scores = jnp.einsum("bmd,bld->bml", rows[0], x) + rows[3][:, None]
-        sums = _weighted(_gates(scores, mask[:, None], segment, gate), x, segment)
-    return jnp.moveaxis(sums.reshape(b, c, h, -1, d), 2, 3)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sigmoid_sums(query, x, mask, bias, segment):
-    return _sigmoid_forward(query, x, mask, bias, segment)[0]
-
-
-def _sigmoid_forward(query, x, mask, bias, segment):
-    """query [B, M, d], bias [M] -> [B, M, S, d]."""
-    scores = jnp.einsum("bmd,bld->bml", query, x) + bias[:, None]
-    gates = _gates(scores, mask[:, None], segment, "sigmoid")
-    return _weighted(gates, x, segment), (query, x, gates)
-
-
-def _sigmoid_backward(segment, residuals, d_sums):
-    query, x, gates = residuals
-    b, m, s, d = d_sums.shape
-    d_gates = jnp.einsum("bmsd,bswd->bmsw", d_sums, x.reshape(b, s, segment, d))
-    d_scores = d_gates.reshape(gates.shape) * gates * (1 - gates)
-    # x is keys and values at once: one pass writes its gradient, where two products would write
-    # two arrays of its size and add them.
-    by_segment = [_in_segments(a, segment)[..., None] for a in (gates, d_scores)]
-    d_x = sum(
-        by_segment[0][:, i] * d_sums[:, i, :, None] + by_segment[1][:, i] * query[:, i, None, None]
-        for i in range(m)
-    )
-    d_query = jnp.einsum("bml,bld->bmd", d_scores, x)
-    return d_query, d_x.reshape(x.shape), None, d_scores.sum((0, 2))
-
-
-_sigmoid_sums.defvjp(_sigmoid_forward, _sigmoid_backward)
-
-
-def _weighted(gates, x, segment):
-    """gates [B, M, L], x [B, L, d] -> sums over segments [B, M, S, d], in one pass."""
-    b, length, d = x.shape
-    gates, x = _in_segments(gates, segment), x.reshape(b, 1, -1, segment, d)
-    return sum(gates[..., i, None] * x[..., i, :] for i in range(segment))
-
-
-def _gates(scores, mask, segment, gate):
-    """[..., L] -> [..., L], 0 where masked."""
-    if gate == "sigmoid":
-        return jnp.where(mask, jax.nn.sigmoid(scores), 0)
-    mask = jnp.broadcast_to(mask, scores.shape)
-    return masked_softmax(*(_in_segments(a, segment) for a in (scores, mask))).reshape(scores.shape)
-
-
-def _in_segments(x, segment):
-    """[..., L] -> [..., S, w]."""
-    return x.reshape(*x.shape[:-1], -1, segment)
 
 
 class SegmentedTargetAttention(nn.Module):
@@ -200,8 +127,15 @@ class SegmentedTargetAttention(nn.Module):
         if history.keys is None:
             folded = self.key_kernel.reshape(d, h, k) * k**-0.5
             query = jnp.einsum("bchk,dhk->bchd", query, folded)
-            z = pooled_sums(
-                query, history.behaviours, history.mask, self.bias, self.segment, self.gate
+            z = segmented_target_attention(
+                query,
+                history.behaviours.reshape(b, -1, 1, d),
+                None,
+                history.mask,
+                self.bias,
+                segment=self.segment,
+                activation=self.gate,
+                scale=1.0,
             )
             z, kernels = z.reshape(b, -1, h, d), jnp.split(self.value_kernel, h, 1)
             z = jnp.concatenate([token_product(z[:, :, i], kernels[i]) for i in range(h)], -1)

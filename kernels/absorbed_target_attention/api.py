@@ -31,7 +31,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
+from kernels import dispatch, meshes
 from kernels.absorbed_target_attention import pallas_gpu, pallas_tpu, reference
 from kernels.absorbed_target_attention.blocks import Blocks, blocks_for
 from kernels.absorbed_target_attention.reference import TILINGS, Weights, leaky_relu
@@ -89,7 +89,7 @@ def absorbed_target_attention(
         cannot run here.
     """
     _check(query, memory, weights, form, tiling)
-    refusals = dispatch.cannot_run_here(interpret) | _refusals(query)
+    refusals = dispatch.cannot_run_here(interpret, len(query)) | _refusals(query)
     chosen = dispatch.choose(OP, implementation, refusals, PREFERRED)
     if 0 in memory.keys.shape[:2] or query.shape[1] == 0:
         return jnp.zeros_like(query)
@@ -100,7 +100,7 @@ def absorbed_target_attention(
         )
     else:
         blocks = blocks or blocks_for(chosen, query.dtype, memory.keys.shape[1])
-        how = (chosen, form == "joint", float(slope), blocks, interpret)
+        how = (dispatch.request_axes(), chosen, form == "joint", float(slope), blocks, interpret)
         out = _kernel(how, *rows, weights)
     if form == "split":
         of_query = leaky_relu(query @ weights.of_query, slope) @ weights.out
@@ -110,10 +110,15 @@ def absorbed_target_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kernel(how, query, keys, values, weights):
-    implementation, joint, slope, blocks, interpret = how
-    return KERNELS[implementation].forward(
-        query, keys, values, weights, joint=joint, slope=slope, blocks=blocks, interpret=interpret
-    )
+    axes, implementation, joint, slope, blocks, interpret = how
+
+    def forward(rows, weights):
+        out = KERNELS[implementation].forward(
+            *rows, weights, joint=joint, slope=slope, blocks=blocks, interpret=interpret
+        )
+        return out, ()
+
+    return meshes.over_requests(axes, forward, (query, keys, values), weights)[0]
 
 
 def _kernel_forward(how, *arguments):
@@ -121,11 +126,18 @@ def _kernel_forward(how, *arguments):
 
 
 def _kernel_backward(how, arguments, dout):
-    implementation, joint, slope, blocks, interpret = how
-    gradients = KERNELS[implementation].backward(
-        *arguments, dout, joint=joint, slope=slope, blocks=blocks, interpret=interpret
-    )
-    return jax.tree.map(lambda x, g: g.astype(x.dtype), arguments, gradients)
+    axes, implementation, joint, slope, blocks, interpret = how
+    *rows, weights = arguments
+
+    def backward(requests, weights):
+        rows, dout = requests
+        *gradients, dweights = KERNELS[implementation].backward(
+            *rows, weights, dout, joint=joint, slope=slope, blocks=blocks, interpret=interpret
+        )
+        return gradients, dweights
+
+    gradients, dweights = meshes.over_requests(axes, backward, (rows, dout), weights)
+    return jax.tree.map(lambda x, g: g.astype(x.dtype), arguments, (*gradients, dweights))
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.dispatch import cannot_run_here, choose
+from kernels.dispatch import cannot_run_here, choose, request_axes
 from kernels.evo_attention import pallas_gpu, pallas_tpu, reference
 from kernels.evo_attention.arguments import Band, Prefix, Recent, Static
 from kernels.evo_attention.rel_temporal import RelTemporal
@@ -67,7 +67,7 @@ def behaviour_branches(
         _expect(name, x, q.shape[:2])
     if band is not None:
         _check_keys("band", band, q, q.shape[1])
-    spec = Static(rel, window, scale, tile_logits, block, interpret)
+    spec = Static(rel, window, scale, tile_logits, block, interpret, request_axes())
     used = [p for p in prefixes.values() if p is not None]
     module = _module(implementation, spec, q, used, band is not None)
     out = module.behaviour_branches(spec, q, used, band, slopes, times, mask)
@@ -103,7 +103,7 @@ def candidate_branches(
     _expect("request_time", request_time, q.shape[:1])
     if recent is not None:
         _check_keys("recent", recent, q, recent.time.shape[-1])
-    spec = Static(rel, 1, scale, 0, block, interpret)
+    spec = Static(rel, 1, scale, 0, block, interpret, request_axes())
     used = [p for p in prefixes.values() if p is not None]
     module = _module(implementation, spec, q, used, recent is not None)
     out = module.candidate_branches(spec, q, used, recent, slopes, request_time)
@@ -120,7 +120,7 @@ def _module(implementation, spec, q, prefixes, local):
     """The implementation's module."""
     if not prefixes and not local:
         raise ValueError("evo_attention: no branch is left")
-    refusals = cannot_run_here(spec.interpret)
+    refusals = cannot_run_here(spec.interpret, len(q))
     for name in ("pallas_tpu", "pallas_gpu"):
         reason = IMPLEMENTATIONS[name].refusal(q, local, spec.window, spec.block)
         if reason:

@@ -52,7 +52,7 @@ class Static(NamedTuple):
 
     rel: RelTemporal. window: w. scale: of the logits; None is K^-1/2. tile_logits: logits of one
     branch in a tile of the XLA path, block: queries in a tile of a kernel; 0 chooses. interpret:
-    as given to pallas_call.
+    as given to pallas_call. axes: of the mesh, as meshes.over_requests takes them.
     """
 
     rel: RelTemporal
@@ -61,6 +61,7 @@ class Static(NamedTuple):
     tile_logits: int
     block: int
     interpret: Any
+    axes: tuple[str, ...]
 
 
 def scale_of(q: jax.Array, spec: Static) -> float:

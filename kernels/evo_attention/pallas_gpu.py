@@ -25,6 +25,7 @@ from kernels.dispatch import block_sizes, device_kind
 from kernels.evo_attention.pallas_gpu_kernels import DOT, backward_kernel, forward_kernel
 from kernels.evo_attention.slots import Slots, behaviour_problem, candidate_problem
 from kernels.evo_attention.tiles import SAVED
+from kernels.meshes import over_requests
 
 BLOCKS: dict[tuple[str, str, int], int] = {}  # nothing was measured: the default fits registers
 QUERY_ELEMENTS = 2_048  # of a head's [T, K] and
@@ -112,6 +113,17 @@ def _call(plan, kernel, grid, operands, shared, outputs, tile_outputs, name):
 
 
 def _forward_rule(plan, q, slots, k, v, slopes, integers):
+    forward = functools.partial(_forward, plan)
+    results, _ = over_requests(plan.axes, forward, (q, slots, k, v, integers), slopes)
+    # Where a caller makes activations anew, these are worth keeping.
+    out, log_total = checkpoint_name(results, SAVED)
+    local = out[-1] if plan.has_band else None
+    return out, (q, slots, k, v, slopes, integers, log_total, local)
+
+
+def _forward(plan, requests, slopes):
+    """((branches' outputs, log_total), ()) of a device's requests."""
+    q, slots, k, v, integers = requests
     batch, n, heads, _ = q.shape
     width, branches = _width(plan, q), len(plan.groups)
     tiles = -(-n // width)
@@ -127,14 +139,20 @@ def _forward_rule(plan, q, slots, k, v, slopes, integers):
         [],
         "evo_attention_forward",
     )
-    # Where a caller makes activations anew, these are worth keeping.
-    out, log_total = checkpoint_name((tuple(o[:, :n] for o in out), log_total), SAVED)
-    local = out[-1] if plan.has_band else None
-    return out, (q, slots, k, v, slopes, integers, log_total, local)
+    return (tuple(o[:, :n] for o in out), log_total), ()
 
 
 def _backward_rule(plan, residuals, d_out):
     q, slots, k, v, slopes, integers, log_total, local = residuals
+    requests = (q, slots, k, v, integers, log_total, local, d_out)
+    backward = functools.partial(_backward, plan)
+    gradients, d_slopes = over_requests(plan.axes, backward, requests, slopes)
+    return *gradients, d_slopes, None
+
+
+def _backward(plan, requests, slopes):
+    """((dq, d_slots, dk, dv), d_slopes) of a device's requests."""
+    q, slots, k, v, integers, log_total, local, d_out = requests
     batch, n, heads, _ = q.shape
     width, parts = _width(plan, q), max(len(plan.rel.parts), 1)
     tiles = -(-n // width)
@@ -162,7 +180,7 @@ def _backward_rule(plan, residuals, d_out):
     gradient = jnp.zeros_like(slopes)
     for i, part in enumerate(plan.rel.parts):
         gradient = gradient.at[part].set(-d_slopes[:, :, i].sum((0, 1)).astype(slopes.dtype))
-    return dq, d_slots, dk, dv, gradient, None
+    return (dq, d_slots, dk, dv), gradient
 
 
 _branches.defvjp(_forward_rule, _backward_rule)

@@ -25,6 +25,7 @@ from kernels.dispatch import block_sizes, device_kind
 from kernels.evo_attention.pallas_tpu_kernels import LANES, backward_kernel, forward_kernel
 from kernels.evo_attention.slots import ROWS, Slots, behaviour_problem, candidate_problem
 from kernels.evo_attention.tiles import SAVED
+from kernels.meshes import over_requests
 
 BLOCKS: dict[tuple[str, str, int], int] = {}  # nothing was measured: the default is what compiles
 QUERY_ELEMENTS = 65_536  # of [H K, T] and
@@ -95,6 +96,16 @@ def _branches(plan, q, slots, k, v, slopes, integers):
 
 
 def _forward_rule(plan, q, slots, k, v, slopes, integers):
+    forward = functools.partial(_forward, plan)
+    results, _ = over_requests(plan.axes, forward, (q, slots, k, v, integers), slopes)
+    # Where a caller makes activations anew, these are worth keeping.
+    out, log_total = checkpoint_name(results, SAVED)
+    return out, (q, slots, k, v, slopes, integers, log_total)
+
+
+def _forward(plan, requests, slopes):
+    """((branches' outputs, log_total), ()) of a device's requests."""
+    q, slots, k, v, integers = requests
     call = _Call(plan, q, slots)
     out_shape = [jax.ShapeDtypeStruct((call.batch, call.rows, call.n), q.dtype)] * call.branches
     out_shape.append(
@@ -110,13 +121,20 @@ def _forward_rule(plan, q, slots, k, v, slopes, integers):
         interpret=plan.interpret,
         name="evo_attention_forward",
     )(*call.inputs(q, slots, k, v, slopes, integers))
-    # Where a caller makes activations anew, these are worth keeping.
-    out, log_total = checkpoint_name((tuple(_unlanes(o, q) for o in out), log_total), SAVED)
-    return out, (q, slots, k, v, slopes, integers, log_total)
+    return (tuple(_unlanes(o, q) for o in out), log_total), ()
 
 
 def _backward_rule(plan, residuals, d_out):
     q, slots, k, v, slopes, integers, log_total = residuals
+    requests = (q, slots, k, v, integers, log_total, d_out)
+    backward = functools.partial(_backward, plan)
+    gradients, d_slopes = over_requests(plan.axes, backward, requests, slopes)
+    return *gradients, d_slopes, None
+
+
+def _backward(plan, requests, slopes):
+    """((dq, d_slots, dk, dv), d_slopes) of a device's requests."""
+    q, slots, k, v, integers, log_total, d_out = requests
     call = _Call(plan, q, slots)
     parts = max(len(plan.rel.parts), 1)
 
@@ -165,7 +183,7 @@ def _backward_rule(plan, residuals, d_out):
     gradient = jnp.zeros_like(slopes)
     for i, part in enumerate(plan.rel.parts):
         gradient = gradient.at[part].set(-d_slopes[:, i].sum((0, 2)).astype(slopes.dtype))
-    return _unlanes(dq, q), d_slots, dk, dv, gradient, None
+    return (_unlanes(dq, q), d_slots, dk, dv), gradient
 
 
 _branches.defvjp(_forward_rule, _backward_rule)

@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     scale: float
     block: int
     interpret: Any
+    axes: tuple[str, ...]
 
 
 class Slots(NamedTuple):
@@ -114,5 +115,6 @@ def _packed(spec, q, groups, sizes, has_band, timeless):
         scale=scale_of(q, spec),
         block=spec.block,
         interpret=spec.interpret,
+        axes=spec.axes,
     )
     return plan, slots

@@ -1,15 +1,16 @@
 """Segmented target attention, LASER's STA: gates and segment sums of all candidates in one pass.
 
-    logit[b, c, l, h] = q[b, c, h] . k[b, l, h] / sqrt(Kq) + bias[h]
+    logit[b, c, l, h] = scale q[b, c, h] . k[b, l, h] + bias[h]
     z[b, c, s, h]     = sum_{l in segment s} mask[b, l] sigmoid(logit[b, c, l, h]) v[b, l, h]
 
 A segment is `segment` rows in a row, and L a multiple of it. Sum, not mean: a segment of irrelevant
 behaviours gives nearly 0, one of padding alone exactly 0. `v` with a head axis of 1 is shared by
 the heads: pooling x instead of x W_V and projecting the S pooled rows is the same function, with
-S rows to project instead of L.
+S rows to project instead of L. Without `v` the rows of `k` are keys and values of all heads: x
+meets q W_Q W_K^T, and nothing of the history is projected, which pays for few candidates.
 
 No implementation keeps B C L H numbers: the XLA path (reference.py) makes a tile of them at a time,
-the kernels a block on chip.
+the kernels a block on chip. Without `v` the XLA path (pooled.py) does keep them.
 
 Axis letters: B requests, C candidates, L history length, S segments, H heads,
 Kq and Kv head widths.
@@ -23,9 +24,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
+from kernels import dispatch, meshes
 from kernels.segmented_target_attention import pallas_gpu, pallas_tpu, reference
-from kernels.segmented_target_attention.blocks import Blocks, blocks_for
+from kernels.segmented_target_attention.blocks import Blocks, Static, blocks_for
+from kernels.segmented_target_attention.pooled import pooled_sums
 
 OP = "segmented_target_attention"
 ACTIVATIONS = ("sigmoid", "softmax")
@@ -37,27 +39,29 @@ PREFERRED: dict[str, tuple[str, ...]] = {}
 def segmented_target_attention(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     mask: jax.Array,
     bias: jax.Array,
     *,
     segment: int,
     activation: str = "sigmoid",
+    scale: float | None = None,
     implementation: str | None = None,
     interpret: Any = False,
     tile_bytes: int = 0,
     blocks: Blocks | None = None,
 ) -> jax.Array:
-    """z of the module's equations: [B, C, S, H, Kv], S = L / segment, in v's dtype.
+    """z of the module's equations: [B, C, S, H, Kv], S = L / segment, in q's dtype.
 
     Args:
-      q: [B, C, H, Kq] projected candidates; 1 / sqrt(Kq) is applied here.
-      k: [B, L, H, Kq].
-      v: [B, L, H, Kv], or [B, L, 1, Kv] shared by the heads.
+      q: [B, C, H, Kq] projected candidates.
+      k: [B, L, H, Kq], or [B, L, 1, Kq] without v.
+      v: [B, L, H, Kv], or [B, L, 1, Kv] shared by the heads; None takes k, of all heads.
       mask: [B, L] bool, False for padding.
       bias: [H].
       segment: w, rows per segment.
-      activation: "sigmoid", or "softmax" within the segment (an ablation; XLA only).
+      activation: "sigmoid", or "softmax" within the segment (LASER's ablation).
+      scale: of the products; None is 1 / sqrt(Kq).
       implementation: None or one of dispatch.IMPLEMENTATIONS.
       interpret: of a Pallas implementation: run anywhere; for pallas_tpu a pltpu.InterpretParams
         too.
@@ -67,22 +71,27 @@ def segmented_target_attention(
       ValueError: shapes or dtypes that do not fit, or an implementation that cannot run here.
     """
     _check(q, k, v, mask, bias, segment, activation)
-    refusals = dispatch.cannot_run_here(interpret) | _refusals(q, activation)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    refusals = dispatch.cannot_run_here(interpret, len(q)) | _refusals(q, segment, activation)
     chosen = dispatch.choose(OP, implementation, refusals, PREFERRED)
     if chosen == "xla":
-        return reference.segmented(
-            q, k, v, mask, bias, segment=segment, activation=activation, tile_bytes=tile_bytes
-        )
+        how = dict(segment=segment, activation=activation, scale=scale)
+        if v is None:
+            return pooled_sums(q, k.reshape(*k.shape[:2], -1), mask, bias, **how)
+        return reference.segmented(q, k, v, mask, bias, **how, tile_bytes=tile_bytes)
     blocks = blocks or blocks_for(chosen, q.dtype, k.shape[1])
-    return _kernel((chosen, segment, blocks, interpret), q, k, v, mask, bias)
+    static = Static(segment, activation, scale, blocks, interpret)
+    return _kernel((chosen, dispatch.request_axes(), static), q, k, v, mask, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kernel(how, q, k, v, mask, bias):
-    implementation, segment, blocks, interpret = how
-    return KERNELS[implementation].forward(
-        q, k, v, mask, bias, segment=segment, blocks=blocks, interpret=interpret
-    )
+    implementation, axes, static = how
+
+    def forward(requests, bias):
+        return KERNELS[implementation].forward(static, *requests, bias), ()
+
+    return meshes.over_requests(axes, forward, (q, k, v, mask), bias)[0]
 
 
 def _kernel_forward(how, *arguments):
@@ -90,33 +99,40 @@ def _kernel_forward(how, *arguments):
 
 
 def _kernel_backward(how, arguments, dz):
-    implementation, segment, blocks, interpret = how
-    dq, dk, dv, dbias = KERNELS[implementation].backward(
-        *arguments, dz, segment=segment, blocks=blocks, interpret=interpret
-    )
-    return dq, dk, dv, None, dbias.astype(arguments[-1].dtype)
+    implementation, axes, static = how
+    *requests, bias = arguments
+
+    def backward(requests, bias):
+        (q, k, v, mask), dz = requests
+        *gradients, dbias = KERNELS[implementation].backward(static, q, k, v, mask, bias, dz)
+        return gradients, dbias
+
+    gradients, dbias = meshes.over_requests(axes, backward, (requests, dz), bias)
+    return *gradients, None, dbias.astype(bias.dtype)
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
-def _refusals(q, activation) -> dict[str, str]:
+def _refusals(q, segment, activation) -> dict[str, str]:
     """What the kernels cannot do of what the XLA path can."""
-    if activation != "sigmoid":
-        return dict.fromkeys(KERNELS, f"activation {activation!r} is an ablation: XLA only")
-    found = {name: kernel.refusal(q.shape[1], q.dtype) for name, kernel in KERNELS.items()}
+    found = {
+        name: kernel.refusal(q.shape[1], q.dtype, segment if activation == "softmax" else 0)
+        for name, kernel in KERNELS.items()
+    }
     return {name: reason for name, reason in found.items() if reason}
 
 
 def _check(q, k, v, mask, bias, segment, activation):
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    tied, v = v is None, k if v is None else v
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f"{OP}: q, k, v need 4 axes, got {q.shape}, {k.shape}, {v.shape}")
     batch, _, heads, width = q.shape
     length = k.shape[1]
     wanted = {
-        "k": (k.shape, (batch, length, heads, width)),
+        "k": (k.shape, (batch, length, 1 if tied else heads, width)),
         "v": (v.shape, (batch, length, v.shape[2] if v.shape[2] == 1 else heads, v.shape[3])),
         "mask": (mask.shape, (batch, length)),
         "bias": (bias.shape, (heads,)),

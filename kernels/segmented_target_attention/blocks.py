@@ -20,6 +20,20 @@ class Blocks(NamedTuple):
     rows: int
 
 
+class Static(NamedTuple):
+    """What a call of the kernels is told beside arrays; as of the op."""
+
+    segment: int
+    activation: str
+    scale: float
+    blocks: Blocks
+    interpret: Any
+
+    @property
+    def softmax(self) -> bool:
+        return self.activation == "softmax"
+
+
 DEFAULT = {"pallas_tpu": Blocks(128, 256), "pallas_gpu": Blocks(32, 64)}
 TABLE: dict[str, dict[tuple[str, str, int], Blocks]] = {"pallas_tpu": {}, "pallas_gpu": {}}
 

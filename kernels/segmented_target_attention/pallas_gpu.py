@@ -4,7 +4,7 @@ A program holds a block of candidates and walks over segments, each in blocks of
 cross a segment's end; blocks are padded to powers of 2 (16 at least, for the matrix units) by
 masked loads, so nothing is padded in memory. The backward pass makes the gates anew, twice: once
 per block of rows for dk and dv, once per block of candidates for dq and dbias. No atomics: two runs
-give equal bits.
+give equal bits. A softmax takes blocks that hold a whole segment.
 
 Axis letters: B requests, C candidates, c of a block, L history length, l rows of a block, S
 segments, H heads, Kq and Kv head widths.
@@ -22,8 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.products import dot
-from kernels.segmented_target_attention.blocks import Blocks
+from kernels.segmented_target_attention.blocks import Static
 from kernels.triton import load, power, store
+
+MOST_SOFTMAX_ROWS = 256  # of a segment, whose gates have to fit registers
+HIDDEN = -1e30  # a logit that is not visible
 
 
 class Shape(NamedTuple):
@@ -38,10 +41,16 @@ class Shape(NamedTuple):
     value_heads: int
     key_width: int
     value_width: int
+    tied: bool  # one head of keys, which are the values
+    softmax: bool
+    scale: float
 
     @property
     def candidate_blocks(self) -> int:
         return -(-self.candidates // self.block)
+
+    def of_key(self, h: Any) -> Any:
+        return jnp.int32(0) if self.tied else h
 
     @property
     def parts(self) -> int:
@@ -49,10 +58,12 @@ class Shape(NamedTuple):
         return -(-self.segment // self.rows)
 
 
-def refusal(candidates: int, dtype: Any) -> str | None:
-    """Why the kernels cannot take these arguments, or None."""
+def refusal(candidates: int, dtype: Any, softmax_rows: int) -> str | None:
+    """Why the kernels cannot take these arguments, or None; softmax_rows: of a segment."""
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it takes float32, bfloat16 and float16, got {jnp.dtype(dtype).name}"
+    if softmax_rows > MOST_SOFTMAX_ROWS:
+        return f"its softmax takes segments of {MOST_SOFTMAX_ROWS} rows, got {softmax_rows}"
     return None
 
 
@@ -85,9 +96,18 @@ def _visible(mask_ref, b, s, part, shape: Shape) -> jax.Array:
     return plgpu.load(at, mask=row < shape.segment, other=0) > 0
 
 
-def _sigmoid(q, k, bias, shape: Shape) -> jax.Array:
-    """q [c, Kq], k [l, Kq] -> [c, l]."""
-    return jax.nn.sigmoid(dot(q, k.T) * shape.key_width**-0.5 + bias)
+def _gates(q, k, bias, visible, shape: Shape):
+    """q [c, Kq], k [l, Kq], visible [l] -> gates [c, l], and their derivative over them: what the
+    gradient of a gate is multiplied with, beside the gate, to be that of its logit."""
+    logits = dot(q, k.T) * shape.scale + bias
+    if not shape.softmax:
+        sigmoid = jax.nn.sigmoid(logits)
+        return jnp.where(visible[None], sigmoid, 0.0), 1 - sigmoid
+    logits = jnp.where(visible[None], logits, HIDDEN)
+    peak = jnp.max(logits, axis=1)
+    weights = jnp.where(visible[None], jnp.exp(logits - peak[:, None]), 0.0)
+    total = jnp.sum(weights, axis=1)
+    return weights / jnp.where(total > 0, total, 1.0)[:, None], 1.0
 
 
 def _forward_kernel(
@@ -106,10 +126,9 @@ def _forward_kernel(
     q, bias = load(_candidates(q_ref, b, i, (h,), shape, shape.key_width)), bias_ref[h]
 
     def of_part(part, sums):
-        k = load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
+        k = load(_rows(k_ref, b, s, part, shape.of_key(h), shape, shape.key_width))
         v = load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
-        visible = _visible(mask_ref, b, s, part, shape)
-        gates = jnp.where(visible[None], _sigmoid(q, k, bias, shape), 0.0)
+        gates, _ = _gates(q, k, bias, _visible(mask_ref, b, s, part, shape), shape)
         return sums + dot(gates.astype(v.dtype), v)
 
     sums = jnp.zeros((shape.block, power(shape.value_width)), jnp.float32)
@@ -118,10 +137,12 @@ def _forward_kernel(
 
 
 def _of_logits(q, k, v, dz, bias, visible, shape: Shape):
-    """The gates, and the gradient of the logits without their 1 / sqrt(Kq): both [c, l]."""
-    sigmoid = _sigmoid(q, k, bias, shape)
-    gates = jnp.where(visible[None], sigmoid, 0.0)
-    return gates, dot(dz, v.T) * gates * (1 - sigmoid)
+    """The gates, and the gradient of the logits without their scale: both [c, l]."""
+    gates, slope = _gates(q, k, bias, visible, shape)
+    of_gates = dot(dz, v.T)
+    if shape.softmax:
+        of_gates -= jnp.sum(gates * of_gates, axis=1)[:, None]
+    return gates, of_gates * gates * slope
 
 
 def _rows_kernel(
@@ -131,8 +152,8 @@ def _rows_kernel(
     mask_ref,  # [B, L]
     bias_ref,  # [H]
     dz_ref,  # [B, C, S, H, Kv]
-    dk_ref,  # [B, L, H, Kq]
-    dv_ref,  # [B, L, H or 1, Kv]
+    dk_ref,  # [B, L, H, Kq]; [B, L, 1, Kq] of keys that are the values, and no dv_ref
+    dv_ref=None,  # [B, L, H or 1, Kv]
     *,
     shape: Shape,
 ):
@@ -145,7 +166,7 @@ def _rows_kernel(
     sharing = shape.heads // shape.value_heads
     for offset in range(sharing):
         h = of_value * sharing + offset
-        k = load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
+        k = load(_rows(k_ref, b, s, part, shape.of_key(h), shape, shape.key_width))
         bias = bias_ref[h]
 
         def of_block(i, sums, k=k, h=h, bias=bias):
@@ -153,13 +174,17 @@ def _rows_kernel(
             q = load(_candidates(q_ref, b, i, (h,), shape, shape.key_width))
             dz = load(_candidates(dz_ref, b, i, (s, h), shape, shape.value_width))
             gates, of_logits = _of_logits(q, k, v, dz, bias, visible, shape)
-            of_logits = (of_logits * shape.key_width**-0.5).astype(q.dtype)
+            of_logits = (of_logits * shape.scale).astype(q.dtype)
             return dk + dot(of_logits.T, q), dv + dot(gates.astype(dz.dtype).T, dz)
 
         start = (jnp.zeros(k.shape, jnp.float32), dv)
         dk, dv = jax.lax.fori_loop(0, shape.candidate_blocks, of_block, start)
-        store(_rows(dk_ref, b, s, part, h, shape, shape.key_width), dk)
-    store(_rows(dv_ref, b, s, part, of_value, shape, shape.value_width), dv)
+        if shape.tied:
+            dv += dk
+        else:
+            store(_rows(dk_ref, b, s, part, h, shape, shape.key_width), dk)
+    of_values = dk_ref if shape.tied else dv_ref
+    store(_rows(of_values, b, s, part, of_value, shape, shape.value_width), dv)
 
 
 def _candidates_kernel(
@@ -184,12 +209,12 @@ def _candidates_kernel(
 
         def of_part(part, sums):
             dq, dbias = sums
-            k = load(_rows(k_ref, b, s, part, h, shape, shape.key_width))
+            k = load(_rows(k_ref, b, s, part, shape.of_key(h), shape, shape.key_width))
             v = load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
             visible = _visible(mask_ref, b, s, part, shape)
             _, of_logits = _of_logits(q, k, v, dz, bias, visible, shape)
             dbias += jnp.sum(of_logits, axis=1)
-            of_logits = (of_logits * shape.key_width**-0.5).astype(k.dtype)
+            of_logits = (of_logits * shape.scale).astype(k.dtype)
             return dq + dot(of_logits, k), dbias
 
         return jax.lax.fori_loop(0, shape.parts, of_part, sums)
@@ -201,20 +226,27 @@ def _candidates_kernel(
     plgpu.store(dbias_ref.at[b, row, h], dbias, mask=row < shape.candidates)
 
 
-def _shape(q, v, segment: int, blocks: Blocks) -> Shape:
+def _arguments(static: Static, q, k, v, mask, bias):
+    """What the kernels know, and the arguments as they take them."""
     _, candidates, heads, key_width = q.shape
+    tied, v = v is None, k if v is None else v
     length, value_heads, value_width = v.shape[1:]
-    return Shape(
+    segment, blocks = static.segment, static.blocks
+    shape = Shape(
         candidates=candidates,
         block=min(power(candidates), power(blocks.candidates)),
         segment=segment,
         segments=length // segment,
-        rows=min(power(segment), power(blocks.rows)),
+        rows=power(segment) if static.softmax else min(power(segment), power(blocks.rows)),
         heads=heads,
         value_heads=value_heads,
         key_width=key_width,
         value_width=value_width,
+        tied=tied,
+        softmax=static.softmax,
+        scale=static.scale,
     )
+    return shape, (q, k, v, mask.astype(jnp.int8), bias.astype(jnp.float32))
 
 
 def _call(kernel, grid, outputs, interpret, name: str):
@@ -230,36 +262,36 @@ def _call(kernel, grid, outputs, interpret, name: str):
     )
 
 
-def forward(q, k, v, mask, bias, *, segment: int, blocks: Blocks, interpret: bool) -> jax.Array:
+def forward(static: Static, q, k, v, mask, bias) -> jax.Array:
     """z [B, C, S, H, Kv] of checked arguments."""
-    shape = _shape(q, v, segment, blocks)
+    shape, arguments = _arguments(static, q, k, v, mask, bias)
     sums = (len(q), shape.candidates, shape.segments, shape.heads, shape.value_width)
     return _call(
         functools.partial(_forward_kernel, shape=shape),
         (shape.segments * shape.candidate_blocks, shape.heads, len(q)),
-        jax.ShapeDtypeStruct(sums, v.dtype),
-        interpret,
+        jax.ShapeDtypeStruct(sums, q.dtype),
+        static.interpret,
         "segmented_target_attention_forward",
-    )(q, k, v, mask.astype(jnp.int8), bias.astype(jnp.float32))
+    )(*arguments)
 
 
-def backward(q, k, v, mask, bias, dz, *, segment: int, blocks: Blocks, interpret: bool):
-    """Gradients of q, k, v and bias, given that of z."""
-    shape = _shape(q, v, segment, blocks)
-    arguments = (q, k, v, mask.astype(jnp.int8), bias.astype(jnp.float32), dz)
-    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
-    dk, dv = _call(
+def backward(static: Static, q, k, v, mask, bias, dz):
+    """Gradients of q, k, v (None without it) and bias, given that of z."""
+    shape, arguments = _arguments(static, q, k, v, mask, bias)
+    arguments = (*arguments, dz)
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v) if x is not None]
+    dk, *dv = _call(
         functools.partial(_rows_kernel, shape=shape),
         (shape.segments * shape.parts, shape.value_heads, len(q)),
         like[1:],
-        interpret,
+        static.interpret,
         "segmented_target_attention_backward_rows",
     )(*arguments)
     dq, dbias = _call(
         functools.partial(_candidates_kernel, shape=shape),
         (shape.candidate_blocks, shape.heads, len(q)),
         [like[0], jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)],
-        interpret,
+        static.interpret,
         "segmented_target_attention_backward_candidates",
     )(*arguments)
-    return dq, dk, dv, dbias.sum((0, 1))
+    return dq, dk, dv[0] if dv else None, dbias.sum((0, 1))

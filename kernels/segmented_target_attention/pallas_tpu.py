@@ -3,7 +3,9 @@
 Candidates are one block up to 128, so the history is read once for all of them. Heads lie side by
 side in the last axis ([L, H K]), where 4 to 64 wide ones fill lanes that a head axis of its own
 would leave empty. A segment's sum is a product of its gates, zero elsewhere in the block, with the
-block's values: segments need not begin where tiles of memory do.
+block's values: segments need not begin where tiles of memory do. A softmax is made segment by
+segment, in blocks that hold whole ones. Where keys are the values too (`tied`), a kernel is given
+one ref as both, and what it adds to either goes to one sum.
 
 The backward pass makes the gates anew. It walks the grid in order: gradients of rows gather over
 the blocks of candidates, those of candidates over the whole history of a request. Nothing is added
@@ -24,9 +26,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.products import dot
-from kernels.segmented_target_attention.blocks import SUBLANES, Blocks, Tiling, tiling
+from kernels.segmented_target_attention.blocks import SUBLANES, Static, Tiling, tiling
 
 MOST_CANDIDATES = 2048  # the backward pass keeps a request's query gradient on chip
+MOST_SOFTMAX_ROWS = 1024  # of a segment, which a block has to hold whole
+HIDDEN = -1e30  # a logit that is not visible
 NN, NT, TN = (1, 0), (1, 1), (0, 0)  # axes that a product contracts
 
 
@@ -41,14 +45,20 @@ class Shape(NamedTuple):
     key_width: int
     value_width: int
     shared: bool  # values without a head axis
+    tied: bool  # keys without one, which are the values
+    softmax: bool
+    scale: float
     rows: Tiling
 
     @property
     def candidate_blocks(self) -> int:
         return -(-self.candidates // self.block)
 
-    def of_key(self, h: int) -> slice:
+    def of_query(self, h: int) -> slice:
         return slice(h * self.key_width, (h + 1) * self.key_width)
+
+    def of_key(self, h: int) -> slice:
+        return self.of_query(0 if self.tied else h)
 
     def of_value(self, h: int) -> slice:
         return self.of_sum(0 if self.shared else h)
@@ -57,12 +67,14 @@ class Shape(NamedTuple):
         return slice(h * self.value_width, (h + 1) * self.value_width)
 
 
-def refusal(candidates: int, dtype: Any) -> str | None:
-    """Why the kernels cannot take these arguments, or None."""
+def refusal(candidates: int, dtype: Any, softmax_rows: int) -> str | None:
+    """Why the kernels cannot take these arguments, or None; softmax_rows: of a segment."""
     if candidates > MOST_CANDIDATES:
         return f"it takes {MOST_CANDIDATES} candidates at most, got {candidates}"
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16, got {jnp.dtype(dtype).name}"
+    if softmax_rows > MOST_SOFTMAX_ROWS:
+        return f"its softmax takes segments of {MOST_SOFTMAX_ROWS} rows, got {softmax_rows}"
     return None
 
 
@@ -74,18 +86,32 @@ def _inside(block: jax.Array, first: Any, size: int, step: int) -> jax.Array:
     return jnp.where(index < size, block, jnp.zeros_like(block))
 
 
-def _of_segment(s: Any, gates: jax.Array, shape: Shape) -> jax.Array:
-    """[c, l] with zeros outside of the block's segment s."""
+def _of_segment(s: Any, gates: jax.Array, shape: Shape, other: float = 0.0) -> jax.Array:
+    """[c, l] with `other` outside of the block's segment s."""
     if shape.rows.segments == 1:
         return gates
     row = jax.lax.broadcasted_iota(jnp.int32, gates.shape, 1)
     first = s * shape.segment
-    return jnp.where((row >= first) & (row < first + shape.segment), gates, 0.0)
+    return jnp.where((row >= first) & (row < first + shape.segment), gates, other)
 
 
-def _sigmoid(q, k, bias):
-    """q [c, Kq], k [l, Kq] -> [c, l]."""
-    return jax.nn.sigmoid(dot(q, k, NT) * q.shape[-1] ** -0.5 + bias)
+def _gates(q, k, bias, visible, shape: Shape):
+    """q [c, Kq], k [l, Kq], visible [1, l] -> gates [c, l], and their derivative over them: what
+    the gradient of a gate is multiplied with, beside the gate, to be that of its logit."""
+    logits = dot(q, k, NT) * shape.scale + bias
+    if not shape.softmax:
+        sigmoid = jax.nn.sigmoid(logits)
+        return jnp.where(visible, sigmoid, 0.0), 1 - sigmoid
+    logits = jnp.where(visible, logits, HIDDEN)
+
+    def of_segment(s, gates):
+        here = _of_segment(s, logits, shape, HIDDEN)
+        peak = jnp.max(here, axis=1, keepdims=True)
+        weights = jnp.where(here > HIDDEN, jnp.exp(here - peak), 0.0)
+        total = jnp.sum(weights, axis=1, keepdims=True)
+        return gates + weights / jnp.where(total > 0, total, 1.0)
+
+    return jax.lax.fori_loop(0, shape.rows.segments, of_segment, jnp.zeros_like(logits)), 1.0
 
 
 def _forward_kernel(
@@ -107,8 +133,8 @@ def _forward_kernel(
 
     v = _inside(v_ref[...], t * rows.rows, rows.group_rows, rows.rows)
     for h in range(shape.heads):
-        gates = _sigmoid(q_ref[:, shape.of_key(h)], k_ref[:, shape.of_key(h)], bias_ref[0, h])
-        gates = jnp.where(mask_ref[...] > 0, gates, 0.0)
+        q, k = q_ref[:, shape.of_query(h)], k_ref[:, shape.of_key(h)]
+        gates, _ = _gates(q, k, bias_ref[0, h], mask_ref[...] > 0, shape)
         values, of_sum = v[:, shape.of_value(h)], shape.of_sum(h)
 
         def of_segment(s, _, gates=gates, values=values, of_sum=of_sum):
@@ -159,24 +185,26 @@ def _backward_kernel(
     q, k, v = inside_candidates(q_ref[...]), inside_rows(k_ref[...]), inside_rows(v_ref[...])
     visible = mask_ref[...] > 0
     for h in range(shape.heads):
-        of_key, of_value = shape.of_key(h), shape.of_value(h)
-        sigmoid = _sigmoid(q[:, of_key], k[:, of_key], bias_ref[0, h])
-        gates = jnp.where(visible, sigmoid, 0.0)
+        of_query, of_key, of_value = shape.of_query(h), shape.of_key(h), shape.of_value(h)
+        gates, slope = _gates(q[:, of_query], k[:, of_key], bias_ref[0, h], visible, shape)
 
         def of_segment(s, of_gates, gates=gates, h=h, of_value=of_value):
             dz = inside_candidates(dz_ref[s, :, shape.of_sum(h)])
             if rows.whole and shape.segments % rows.segments:
                 dz = jnp.where(t * rows.segments + s < shape.segments, dz, jnp.zeros_like(dz))
-            part = _of_segment(s, gates, shape).astype(dz.dtype)
-            v_sum[:, of_value] += dot(part, dz, TN)
-            return of_gates + _of_segment(s, dot(dz, v[:, of_value], NT), shape)
+            part = _of_segment(s, gates, shape)
+            v_sum[:, of_value] += dot(part.astype(dz.dtype), dz, TN)
+            here = dot(dz, v[:, of_value], NT)
+            if shape.softmax:
+                here -= jnp.sum(part * here, axis=1, keepdims=True)
+            return of_gates + _of_segment(s, here, shape)
 
         of_gates = jax.lax.fori_loop(0, rows.segments, of_segment, jnp.zeros_like(gates))
-        of_logits = of_gates * gates * (1 - sigmoid)
+        of_logits = of_gates * gates * slope
         bias_sum[i, :, h : h + 1] += jnp.sum(of_logits, axis=1, keepdims=True)
-        of_logits = (of_logits * shape.key_width**-0.5).astype(q.dtype)
-        q_sum[i, :, of_key] += dot(of_logits, k[:, of_key], NN)
-        k_sum[:, of_key] += dot(of_logits, q[:, of_key], TN)
+        of_logits = (of_logits * shape.scale).astype(q.dtype)
+        q_sum[i, :, of_query] += dot(of_logits, k[:, of_key], NN)
+        k_sum[:, of_key] += dot(of_logits, q[:, of_query], TN)
 
     @pl.when(i == shape.candidate_blocks - 1)
     def _():
@@ -195,11 +223,22 @@ def _backward_kernel(
                 dbias_ref[first:last] = bias_sum[block, : last - first]
 
 
-def _arguments(q, k, v, mask, bias, segment: int, blocks: Blocks):
-    """Views of the arguments as the kernels take them, and what their index maps need."""
+def _tied_forward(bias, q, k, *refs, shape: Shape):
+    _forward_kernel(bias, q, k, k, *refs, shape=shape)
+
+
+def _tied_backward(bias, q, k, mask, dz, dq, dk, dbias, q_sum, k_sum, bias_sum, *, shape: Shape):
+    results = dq, dk, dk, dbias, q_sum, k_sum, k_sum, bias_sum
+    _backward_kernel(bias, q, k, k, mask, dz, *results, shape=shape)
+
+
+def _arguments(static: Static, q, k, v, mask, bias):
+    """What the kernels know, and the arguments as they take them."""
     batch, candidates, heads, key_width = q.shape
-    length, value_heads, value_width = v.shape[1:]
-    rows = tiling(length, segment, blocks.rows)
+    length, value_heads, value_width = (k if v is None else v).shape[1:]
+    segment, blocks = static.segment, static.blocks
+    most_rows = max(blocks.rows, segment) if static.softmax else blocks.rows
+    rows = tiling(length, segment, most_rows)
     block = blocks.candidates // SUBLANES * SUBLANES or SUBLANES
     shape = Shape(
         candidates=candidates,
@@ -210,6 +249,9 @@ def _arguments(q, k, v, mask, bias, segment: int, blocks: Blocks):
         key_width=key_width,
         value_width=value_width,
         shared=value_heads == 1,
+        tied=v is None,
+        softmax=static.softmax,
+        scale=static.scale,
         rows=rows,
     )
     of_rows = (batch, rows.groups, rows.group_rows, -1)
@@ -219,8 +261,7 @@ def _arguments(q, k, v, mask, bias, segment: int, blocks: Blocks):
     return shape, (
         bias.astype(jnp.float32)[None],
         q.reshape(batch, candidates, -1),
-        k.reshape(of_rows),
-        v.reshape(of_rows),
+        *(x.reshape(of_rows) for x in (k, v) if x is not None),
         mask.reshape(batch, rows.groups, rows.blocks, 1, rows.rows),
     )
 
@@ -245,48 +286,49 @@ def _specs(shape: Shape, order: Any):
     def of_sums(b, i, g, t):
         return b, t if rows.whole else g, i, 0
 
+    key_columns = shape.key_width * (1 if shape.tied else heads)
     arguments = [
         pl.BlockSpec(memory_space=pltpu.SMEM),
         spec((None, shape.block, heads * shape.key_width), of_candidates),
-        spec((None, None, rows.rows, heads * shape.key_width), of_rows),
-        spec((None, None, rows.rows, value_columns), of_rows),
+        spec((None, None, rows.rows, key_columns), of_rows),
+        *([] if shape.tied else [spec((None, None, rows.rows, value_columns), of_rows)]),
         spec((None, None, None, 1, rows.rows), of_mask),
     ]
     return arguments, spec((None, rows.segments, shape.block, heads * shape.value_width), of_sums)
 
 
-def forward(q, k, v, mask, bias, *, segment: int, blocks: Blocks, interpret: Any) -> jax.Array:
+def forward(static: Static, q, k, v, mask, bias) -> jax.Array:
     """z [B, C, S, H, Kv] of checked arguments."""
-    shape, arguments = _arguments(q, k, v, mask, bias, segment, blocks)
+    shape, arguments = _arguments(static, q, k, v, mask, bias)
     rows = shape.rows
     in_specs, z_spec = _specs(shape, order=lambda b, i, g, t: (b, i, g, t))
     sums = (rows.segments, shape.block, shape.heads * shape.value_width)
     z = pl.pallas_call(
-        functools.partial(_forward_kernel, shape=shape),
+        functools.partial(_tied_forward if shape.tied else _forward_kernel, shape=shape),
         grid=(len(q), shape.candidate_blocks, rows.groups, rows.blocks),
         in_specs=in_specs,
         out_specs=z_spec,
         out_shape=jax.ShapeDtypeStruct(
-            (len(q), shape.segments, shape.candidates, sums[-1]), v.dtype
+            (len(q), shape.segments, shape.candidates, sums[-1]), q.dtype
         ),
         scratch_shapes=[pltpu.VMEM(sums, jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
-        interpret=interpret,
+        interpret=static.interpret,
         name="segmented_target_attention_forward",
     )(*arguments)
     z = z.reshape(len(q), shape.segments, shape.candidates, shape.heads, shape.value_width)
     return jnp.swapaxes(z, 1, 2)
 
 
-def backward(q, k, v, mask, bias, dz, *, segment: int, blocks: Blocks, interpret: Any):
-    """Gradients of q, k, v and bias, given that of z."""
-    shape, arguments = _arguments(q, k, v, mask, bias, segment, blocks)
+def backward(static: Static, q, k, v, mask, bias, dz):
+    """Gradients of q, k, v (None without it) and bias, given that of z."""
+    shape, arguments = _arguments(static, q, k, v, mask, bias)
     rows, batch = shape.rows, len(q)
     in_specs, z_spec = _specs(shape, order=lambda b, g, t, i: (b, i, g, t))
     dz = jnp.swapaxes(dz, 1, 2).reshape(batch, shape.segments, shape.candidates, -1)
-    _, q_spec, k_spec, v_spec, _ = in_specs
+    row_specs = in_specs[2:-1]  # of k, and of v
 
     def of_request(columns):
         return pl.BlockSpec((None, shape.candidates, columns), lambda b, g, t, i: (b, 0, 0))
@@ -294,26 +336,27 @@ def backward(q, k, v, mask, bias, dz, *, segment: int, blocks: Blocks, interpret
     def float32(*block):
         return pltpu.VMEM(block, jnp.float32)
 
-    key_columns = shape.heads * shape.key_width
-    dq, dk, dv, dbias = pl.pallas_call(
-        functools.partial(_backward_kernel, shape=shape),
+    query_columns = shape.heads * shape.key_width
+    dq, *of_rows, dbias = pl.pallas_call(
+        functools.partial(_tied_backward if shape.tied else _backward_kernel, shape=shape),
         grid=(batch, rows.groups, rows.blocks, shape.candidate_blocks),
         in_specs=[*in_specs, z_spec],
-        out_specs=[of_request(key_columns), k_spec, v_spec, of_request(shape.heads)],
+        out_specs=[of_request(query_columns), *row_specs, of_request(shape.heads)],
         out_shape=[
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments[1:4]),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments[1:-1]),
             jax.ShapeDtypeStruct((batch, shape.candidates, shape.heads), jnp.float32),
         ],
         scratch_shapes=[
-            float32(shape.candidate_blocks, shape.block, key_columns),
-            float32(rows.rows, key_columns),
-            float32(*v_spec.block_shape[2:]),
+            float32(shape.candidate_blocks, shape.block, query_columns),
+            *(float32(*spec.block_shape[2:]) for spec in row_specs),
             float32(shape.candidate_blocks, shape.block, shape.heads),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary")
         ),
-        interpret=interpret,
+        interpret=static.interpret,
         name="segmented_target_attention_backward",
     )(*arguments, dz)
-    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), dbias.sum((0, 1))
+    dk, dv = of_rows if v is not None else (*of_rows, None)
+    dv = None if v is None else dv.reshape(v.shape)
+    return dq.reshape(q.shape), dk.reshape(k.shape), dv, dbias.sum((0, 1))

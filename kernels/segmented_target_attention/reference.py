@@ -28,6 +28,7 @@ def segmented(
     *,
     segment: int,
     activation: str,
+    scale: float,
     tile_bytes: int = 0,
 ) -> jax.Array:
     """api.segmented_target_attention on checked arguments; logits and sums in float32 at least."""
@@ -43,7 +44,7 @@ def segmented(
     def tile(k, v, mask):
         """k [B, s, w, H, Kq], v [B, s, w, H or 1, Kv], mask [B, s, w] -> [B, C, s, H, Kv]."""
         logits = _einsum("bchk,bswhk->bhcsw", q, k, exact)
-        logits = logits * q.shape[-1] ** -0.5 + bias.astype(exact)[:, None, None, None]
+        logits = logits * scale + bias.astype(exact)[:, None, None, None]
         weights = _weights(logits, mask[:, None, None], activation).astype(v.dtype)
         if v.shape[3] == 1:
             z = _einsum("bhcsw,bswv->bcshv", weights, v[:, :, :, 0], exact)

@@ -66,6 +66,23 @@ def test_what_is_sent_counts_loops_and_groups():
     }
 
 
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("{{0,2,4,6},{1,3,5,7}}", 4),
+        ("[4,2]<=[8]", 2),
+        ("mesh['data'=4,'table'=2] {'table'}", 2),
+        ("mesh['data'=4,'table'=2] {'data','table'}", 8),
+        ("mesh['data'=4,'table'=2] {'data':(1)2}", 2),
+        ("{}", 8),
+    ],
+)
+def test_the_sizes_of_groups(groups, size):
+    text = TEXT.replace("{{0,1,2,3,4,5,6,7}}", groups)
+    sent = round((size - 1) / size * 16 * 4 * 4)
+    assert hlo.traffic(text, devices=8)["all-gather"] == (1, sent)
+
+
 def test_the_largest_arrays_are_those_in_memory():
     found = hlo.largest(TEXT, 1)
     assert found == [(16 * 128 * 4, "f32[16,4]", "backward: block/add")]

@@ -62,29 +62,68 @@ def test_a_named_one_runs_or_says_why_not():
 
 
 def test_kernels_run_on_their_platform_or_interpreted():
-    assert dispatch.cannot_run_here(interpret=True) == {}
-    on_tpu = traced(lambda: dispatch.cannot_run_here(False), abstract("tpu"))
-    assert on_tpu == {"pallas_gpu": dispatch.cannot_run_here(False)["pallas_gpu"].replace(
+    assert dispatch.cannot_run_here(True, 3) == {}
+    on_tpu = traced(lambda: dispatch.cannot_run_here(False, 4), abstract("tpu"))
+    assert on_tpu == {"pallas_gpu": dispatch.cannot_run_here(False, 4)["pallas_gpu"].replace(
         f"the target is a {jax.default_backend()}", "the target is a tpu")}  # fmt: skip
-    assert set(dispatch.cannot_run_here(False)) == {"pallas_tpu", "pallas_gpu"}
+    assert set(dispatch.cannot_run_here(False, 4)) == {"pallas_tpu", "pallas_gpu"}
 
 
 def test_a_mesh_that_xla_would_partition_is_refused_unless_manual():
     automatic = (AxisType.Auto,) * 2
     mesh = AbstractMesh((2, 1), ("data", "model"), automatic, abstract_device=device("tpu"))
-    seen = traced(lambda: dispatch.cannot_run_here(False), jax.sharding.use_abstract_mesh(mesh))
+    seen = traced(lambda: dispatch.cannot_run_here(False, 4), jax.sharding.use_abstract_mesh(mesh))
     assert "jax.shard_map" in seen["pallas_tpu"] and "a gpu" in seen["pallas_gpu"]
 
     seen = []
 
     def body(x):
-        seen.append(dispatch.cannot_run_here(False))
+        seen.append(dispatch.cannot_run_here(False, 4))
         return x
 
     spec, shape = jax.P("data"), jax.ShapeDtypeStruct((4,), jnp.float32)
     with jax.sharding.use_abstract_mesh(mesh):
         jax.eval_shape(jax.shard_map(body, in_specs=spec, out_specs=spec), shape)
     assert set(seen[0]) == {"pallas_gpu"}
+
+
+def test_a_scope_chooses_where_no_implementation_is_named():
+    def choose(name=None, refusals=None):
+        return dispatch.choose("op", name, refusals or {}, PREFERRED)
+
+    with abstract("tpu"), dispatch.scope("xla"):
+        assert choose() == "xla" and choose("pallas_tpu") == "pallas_tpu"
+        with dispatch.scope("pallas"):
+            assert choose() == "pallas_tpu" and choose("xla") == "xla"
+            with pytest.raises(dispatch.CannotRun, match="op: .*'pallas_tpu' cannot run: h is odd"):
+                choose(refusals={"pallas_tpu": "h is odd"})
+        with dispatch.scope("auto"):
+            assert choose() == "pallas_tpu"
+            assert choose(refusals={"pallas_tpu": "h is odd"}) == "xla"
+        assert choose() == "xla"
+    with abstract("cuda"), dispatch.scope("pallas"):
+        assert choose() == "pallas_gpu"
+
+
+def test_kernels_that_do_not_exist_or_are_not_called_are_one_line():
+    for kernels, says in (("pallas", "target is a cpu; choose 'xla'"), ("cudnn", "auto, xla, pal")):
+        with pytest.raises(dispatch.CannotRun, match=says), abstract("cpu"):
+            with dispatch.scope(kernels):
+                raise AssertionError("not refused")
+    with pytest.raises(dispatch.CannotRun, match="has no kernels"), abstract("tpu"):
+        with dispatch.scope("pallas"):
+            dispatch.choose("op", "xla", {}, PREFERRED)
+    assert dispatch.choose("op", None, {}, {}) == "xla"  # what a scope that raised leaves behind
+
+
+def test_the_scope_names_the_axes_of_the_batch():
+    mesh = AbstractMesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert dispatch.request_axes() == ()
+        with dispatch.scope("auto", ("data",)):
+            assert dispatch.request_axes() == ("data",)
+            assert "do not divide" in dispatch.cannot_run_here(True, 6)["pallas_gpu"]
+            assert dispatch.cannot_run_here(True, 8) == {}
 
 
 def test_block_sizes_take_the_smallest_bucket_that_holds_the_length():
