@@ -90,7 +90,9 @@ class Transformer(nn.Module):
         candidates = candidates + position[-1]
         layer_class = nn.remat(Layer) if self.remat else Layer
         for i in range(self.layers):
-            layer = layer_class(self.heads, i == self.layers - 1, self.tile_bytes, name=f"layer_{i}")
+            layer = layer_class(
+                self.heads, i == self.layers - 1, self.tile_bytes, name=f"layer_{i}"
+            )
             history, candidates = layer(history, candidates, mask)
         return nn.LayerNorm(name="norm")(candidates)
 
