@@ -60,11 +60,17 @@ def test_an_override_that_cannot_be_is_one_line(script, flags, says):
     assert says in done.stderr
 
 
-def test_a_value_that_cannot_be_is_one_line(config_file, tmp_path):
-    done = run("train.py", f"--config={config_file}", f"--workdir={tmp_path / 'run'}",
-               "--config.optimizer.schedule=steep")  # fmt: skip
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--config.optimizer.schedule=steep", "ConfigError: schedule 'steep'"),
+        ("--config.kernels=pallas", "CannotRun: kernels 'pallas' cannot run: they are for TPUs"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(config_file, tmp_path, flag, says):
+    done = run("train.py", f"--config={config_file}", f"--workdir={tmp_path / 'run'}", flag)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("ConfigError: schedule 'steep'")
+    assert done.stderr.splitlines()[-1].startswith(says)
 
 
 def test_absent_files_are_named_with_the_way_out(tmp_path):

@@ -42,7 +42,7 @@ MODELS = {
     "LREA, split": functools.partial(small_lrea, form="split"),
     "DIN-long": functools.partial(small_lrea, din_long),
 }
-FAST = tuple((name, "pallas_tpu") for name in ("SparseCTR", "LASER, per candidate", "LREA"))
+FAST = tuple((name, "pallas_tpu") for name in ("LASER, per candidate", "LREA"))
 BATCH, LENGTH = 32, 12
 
 
