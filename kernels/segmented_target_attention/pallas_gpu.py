@@ -25,7 +25,7 @@ from kernels.products import dot
 from kernels.segmented_target_attention.blocks import Static
 from kernels.triton import load, power, store
 
-MOST_SOFTMAX_ROWS = 256  # of a segment, whose gates have to fit registers
+MOST_SOFTMAX_ROWS = 128  # of a segment, which has to fit shared memory: an H200 has none for 256
 HIDDEN = -1e30  # a logit that is not visible
 
 
@@ -63,7 +63,7 @@ def refusal(candidates: int, dtype: Any, softmax_rows: int) -> str | None:
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it takes float32, bfloat16 and float16, got {jnp.dtype(dtype).name}"
     if softmax_rows > MOST_SOFTMAX_ROWS:
-        return f"its softmax takes segments of {MOST_SOFTMAX_ROWS} rows, got {softmax_rows}"
+        return f"its softmax takes segments of {MOST_SOFTMAX_ROWS} rows at most, got {softmax_rows}"
     return None
 
 

@@ -74,7 +74,7 @@ def refusal(candidates: int, dtype: Any, softmax_rows: int) -> str | None:
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16, got {jnp.dtype(dtype).name}"
     if softmax_rows > MOST_SOFTMAX_ROWS:
-        return f"its softmax takes segments of {MOST_SOFTMAX_ROWS} rows, got {softmax_rows}"
+        return f"its softmax takes segments of {MOST_SOFTMAX_ROWS} rows at most, got {softmax_rows}"
     return None
 
 
