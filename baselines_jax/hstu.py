@@ -48,7 +48,6 @@ def default_config() -> ConfigDict:
     config = history_model.default_config("baselines_jax.hstu")
     config.num_layers = 2
     config.num_heads = 2
-    config.remat = False  # True: a layer's activations are made anew in the backward pass
     config.length = 1000  # n: the longest history
     return config
 
@@ -61,7 +60,7 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
     """
     if config.num_layers < 1 or config.num_heads < 1 or config.width % config.num_heads:
         raise ValueError("num_layers and num_heads must be >= 1, and num_heads divide width")
-    interest = HSTU(config.num_layers, config.num_heads, config.length, config.remat)
+    interest = HSTU(config.num_layers, config.num_heads, config.length)
     return history_model.build(config, spec, interest)
 
 
@@ -75,14 +74,13 @@ class HSTU(nn.Module):
     """The interest.
 
     Attributes:
-      layers, heads, length, remat: num_layers, num_heads, length and remat of the config.
+      layers, heads, length: num_layers, num_heads and length of the config.
       tile_bytes: as in ctr_jax/query_tiles.py.
     """
 
     layers: int = 2
     heads: int = 2
     length: int = 1000
-    remat: bool = False
     tile_bytes: int = 0
 
     @nn.compact
@@ -99,10 +97,9 @@ class HSTU(nn.Module):
                 f"a history of {history.shape[1]} behaviours, but config.length={self.length}"
             )
         clock = (batch.behaviour_mask, batch.behaviour_time, batch.request_time)
-        layer_class = nn.remat(Layer) if self.remat else Layer
         for i in range(self.layers):
             last = i == self.layers - 1
-            layer = layer_class(self.heads, self.length, last, self.tile_bytes, name=f"layer_{i}")
+            layer = Layer(self.heads, self.length, last, self.tile_bytes, name=f"layer_{i}")
             history, candidates = layer(history, candidates, *clock)
         return candidates
 

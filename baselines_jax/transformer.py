@@ -41,7 +41,6 @@ def default_config() -> ConfigDict:
     config = history_model.default_config("baselines_jax.transformer")
     config.num_layers = 2
     config.num_heads = 2
-    config.remat = False  # True: a layer's activations are made anew in the backward pass
     config.length = 1000  # rows of P: the longest history
     return config
 
@@ -54,7 +53,7 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
     """
     if config.num_layers < 1 or config.num_heads < 1 or config.width % config.num_heads:
         raise ValueError("num_layers and num_heads must be >= 1, and num_heads divide width")
-    interest = Transformer(config.num_layers, config.num_heads, config.length, config.remat)
+    interest = Transformer(config.num_layers, config.num_heads, config.length)
     return history_model.build(config, spec, interest)
 
 
@@ -62,14 +61,13 @@ class Transformer(nn.Module):
     """The interest.
 
     Attributes:
-      layers, heads, length, remat: num_layers, num_heads, length and remat of the config.
+      layers, heads, length: num_layers, num_heads and length of the config.
       tile_bytes: as in ctr_jax/query_tiles.py.
     """
 
     layers: int = 2
     heads: int = 2
     length: int = 1000
-    remat: bool = False
     tile_bytes: int = 0
 
     @nn.compact
@@ -88,11 +86,8 @@ class Transformer(nn.Module):
         position = self.param("position", init, (self.length + 1, d))  # oldest first, then q
         history = history + position[self.length - length : -1]
         candidates = candidates + position[-1]
-        layer_class = nn.remat(Layer) if self.remat else Layer
         for i in range(self.layers):
-            layer = layer_class(
-                self.heads, i == self.layers - 1, self.tile_bytes, name=f"layer_{i}"
-            )
+            layer = Layer(self.heads, i == self.layers - 1, self.tile_bytes, name=f"layer_{i}")
             history, candidates = layer(history, candidates, mask)
         return nn.LayerNorm(name="norm")(candidates)
 

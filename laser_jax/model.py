@@ -51,7 +51,6 @@ def default_config() -> ConfigDict:
     config.fusion_tokens = 8  # T
     config.recent = 4  # r
     config.fusion_blocks = 2
-    config.remat = False  # True: what a candidate makes is made anew in the backward pass
     return config
 
 
@@ -106,8 +105,7 @@ class LASER(nn.Module):
         tile_bytes = TILE_BYTES.get(dispatch.platform(), LARGE_TILE_BYTES)
         tile = max(1, tile_bytes // (b * segments * d * x.dtype.itemsize))
         if tile >= c or self.is_initializing():
-            call = nn.remat(OfCandidates.__call__) if config.remat else OfCandidates.__call__
-            return call(candidates, tokens.candidates, history, tokens.profile)
+            return candidates(tokens.candidates, history, tokens.profile)
 
         def step(module, carry, candidates):
             return carry, module(candidates, *carry)

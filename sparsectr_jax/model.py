@@ -73,7 +73,6 @@ def default_config() -> ConfigDict:
     config.base_rate = 0.5  # the final bias starts at its logit
     # Numbers.
     config.sparse_last_layer = True  # last block: K and V only where read; the same values
-    config.remat = False  # True: a block's activations are made anew in the backward pass
     config.rows_per_tile = 0  # requests at a time; 0: 16 on a CPU, the whole batch elsewhere
     return config
 
@@ -175,12 +174,11 @@ class Requests(nn.Module):
             return by(times, mask, config.num_chunks)
 
         chunks = None
-        block_class = nn.remat(SparseBlock, static_argnums=(5,)) if config.remat else SparseBlock
         for i in range(config.num_layers):
             if chunks is None or config.chunking == "sim":
                 chunks = cut(behaviours)
             history = History(chunks, times, mask, batch.request_time)
-            block = block_class(config, i == config.num_layers - 1, dtype, name=f"block_{i}")
+            block = SparseBlock(config, i == config.num_layers - 1, dtype, name=f"block_{i}")
             behaviours, candidates = block(behaviours, candidates, u_c, history, train)
 
         # ---- prediction (3.6, eq. 17) ----
