@@ -20,12 +20,21 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except AttributeError as error:  # what ml_collections raises for it
-        words = [word.lstrip("-") for arg in argv for word in arg.split("=", 1)]
-        page = flags.FLAGS["config"].parser.parse(words[words.index("config") + 1])
+        page = flags.FLAGS["config"].parser.parse(_page(argv))
         message = unknown_field(page, argv)
         if message is None:
             raise error
     sys.exit(message)
+
+
+def _page(argv: Sequence[str]) -> str:
+    """What --config was last given, as "--config=PAGE" or "--config PAGE"."""
+    pages = []
+    for arg, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in ("-config", "--config"):
+            pages.append(value if equals else after)
+    return pages[-1]
 
 
 def unknown_field(config: ConfigDict, argv: Sequence[str]) -> str | None:

@@ -55,7 +55,9 @@ def config_file(small_config, tmp_path):
     ids=["alike", "unlike", "kind"],
 )
 def test_an_override_that_cannot_be_is_one_line(script, flags, says):
-    done = run(script, "--config", "configs/sparsectr_movielens.py", *flags)
+    # A value that looks like the flag's name is not taken for it.
+    page = ["--workdir=config", "--config", "configs/sparsectr_movielens.py"]
+    done = run(script, *page, *flags)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert says in done.stderr
 
