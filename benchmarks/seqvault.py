@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--mean_length", type=int, default=2000)
     parser.add_argument("--single", type=int, default=2000)
     parser.add_argument("--batches", type=int, default=100)
-    parser.add_argument("--cold", type=int, default=300)
+    parser.add_argument("--cold", type=int, default=1000)
     parser.add_argument("--append_rows", type=int, default=2_000_000)
     parser.add_argument("--append_rows_all", type=int, default=60_000, help="of all stores")
     parser.add_argument("--fresh_per_user", type=int, default=200)

@@ -32,8 +32,9 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 def warm(stores: dict, users: list[np.ndarray]) -> dict[str, dict]:
     """Lookups of the user batches, after one pass over all of them; the stores take turns.
 
-    Taking turns, what else runs on the machine hits all of them alike. `p99_cpu_us` is of the CPU
-    time of each call, which leaves out what the scheduler gave to others.
+    Taking turns, what else runs on the machine hits all of them alike; the first lookup of a turn
+    is not counted, as the store before has emptied the processor's caches. `p99_cpu_us` is of the
+    CPU time of each call, which leaves out what the scheduler gave to others.
     """
     for store in stores.values():
         for some in users:
@@ -41,6 +42,7 @@ def warm(stores: dict, users: list[np.ndarray]) -> dict[str, dict]:
     seconds, cpu, total = ({name: [] for name in stores} for _ in range(3))
     for turn in np.array_split(np.arange(len(users)), max(1, len(users) // 20)):
         for name, store in stores.items():
+            store.last_n(users[turn[-1]], N)
             process = time.process_time()
             for i in turn:
                 start, thread = time.perf_counter(), time.thread_time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +12,9 @@ from seqvault import log, querying
 from seqvault.bulk import user_runs
 from seqvault.errors import VaultError
 from seqvault.files import kill_point
-from seqvault.index import ENTRY, Index, offset_of, segment_of
+from seqvault.index import ENTRY, Index, place_of
 from seqvault.manifest import write_manifest
-from seqvault.part import NO_PLACE
+from seqvault.part import NEVER, NO_PLACE
 from seqvault.reading import Found
 from seqvault.schema import TIME, Schema, words_of
 from seqvault.segments import segment_path
@@ -48,7 +48,7 @@ def merge(vault: Vault, budget: int | None, min_rows: int) -> int:
             if budget is not None and parts.written - before >= budget:
                 break
             users = entries["user"][order[start : start + GROUP]].copy()
-            _commit(vault, number, lambda u=users, k=number: _rewrite(vault, k, u, False))
+            _commit(vault, number, lambda u=users, k=number: _rewrite(vault, k, u))
     if checkpoint_is_due(state):
         checkpoint(vault)
     return parts.written - before
@@ -86,18 +86,22 @@ def _commit(vault: Vault, stream: int, write) -> None:
         state.streams[stream].commit(merged)
 
 
-def _rewrite(vault: Vault, number: int, users: np.ndarray, whole: bool) -> np.ndarray:
+def _rewrite(
+    vault: Vault, number: int, users: np.ndarray, moved: np.ndarray | None = None
+) -> np.ndarray:
     """Writes new parts of `users`, fresh rows included; their entries.
 
     Parts that stay as they are in the longer history are left alone, unless a fresh row belongs
-    into one, or `whole` wants every part in a new place.
+    into one, or it is not older than row `moved` [B] of the history.
     """
     state = vault._state
     looked = querying.look_up(state, number, users, None)
     merged = np.zeros(len(users), ENTRY)
     for i, user in enumerate(users.tolist()):
         one, who = looked.part(np.array([i])), users[i : i + 1]
-        kept = 0 if whole else kept_rows(one.rows[0], one.totals[0], state.block_rows)
+        kept = kept_rows(one.rows[0], one.totals[0], state.block_rows)
+        if moved is not None:
+            kept = min(kept, int(moved[i]))
         _, found = querying.together(one, who, None, one.rows - kept)
         if kept and (found.first[0] != kept or _is_late(one, found)):
             kept = 0
@@ -121,24 +125,31 @@ def reclaim(vault: Vault, budget: int | None, dead: float) -> int:
     """See Vault.reclaim."""
     state, parts = vault._state, vault._parts
     before = parts.written
+    living = _mostly_dead(vault, dead)
+    # Parts of a user older than the oldest one that must go stay where they are, and who has left
+    # one of the segments has left them all.
+    oldest = {}
+    for number in sorted({number for found in living.values() for number in found}):
+        some = [found[number] for found in living.values() if number in found]
+        users, which = np.unique(np.concatenate([u for u, _ in some]), return_inverse=True)
+        first = np.full(len(users), NEVER)
+        np.minimum.at(first, which, np.concatenate([f for _, f in some]))
+        oldest[number] = users, first, np.zeros(len(users), bool)
     emptied: set[int] = set()
-    closed = {s: b for s, b in state.committed.items() if b and s != parts.segment}
-    for segment, size in sorted(closed.items()):
-        owners: dict[int, list[tuple[int, int, int]]] = {}
-        for info in walk(segment_path(vault.path, segment), size, []):
-            owners.setdefault(info.stream, []).append((info.user, info.offset, info.bytes))
-        live = {k: _living(state, k, segment, found) for k, found in owners.items()}
-        held = sum(kept for _, kept in live.values())
-        if 1 - held / size <= dead:
-            continue
+    for segment, found in living.items():
         done = True
-        for number, (users, _) in live.items():
-            for start in range(0, len(users), GROUP):
+        for number, (owners, _) in found.items():
+            users, first, gone = oldest[number]
+            at = np.searchsorted(users, owners)
+            at = at[~gone[at]]
+            for start in range(0, len(at), GROUP):
                 if budget is not None and parts.written - before >= budget:
                     done = False
                     break
-                group = users[start : start + GROUP]
-                _commit(vault, number, lambda u=group, k=number: _rewrite(vault, k, u, True))
+                some = at[start : start + GROUP]
+                question = number, users[some], first[some]
+                _commit(vault, number, lambda q=question: _rewrite(vault, *q))
+                gone[some] = True
         if done:
             emptied.add(segment)
     if emptied:
@@ -149,35 +160,43 @@ def reclaim(vault: Vault, budget: int | None, dead: float) -> int:
     return parts.written - before
 
 
-def _living(
-    state: State, number: int, segment: int, found: list[tuple[int, int, int]]
-) -> tuple[np.ndarray, int]:
-    """(users with a living part in the segment, bytes of living parts)."""
-    users = np.unique(np.array([user for user, _, _ in found], np.int64))
-    chains = chain_places(state, number, users)
-    kept, living = 0, set()
-    for user, offset, size in found:
-        if (segment, offset) in chains[user]:
-            kept += size
-            living.add(user)
-    return np.array(sorted(living), np.int64), kept
+def _mostly_dead(vault: Vault, dead: float) -> dict[int, dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """{segment that is dead by more than `dead`: {stream: (users with a living part there, the
+    first row of each one's oldest)}}."""
+    state = vault._state
+    closed = {s: b for s, b in state.committed.items() if b and s != vault._parts.segment}
+    out = {}
+    for segment, size in sorted(closed.items()):
+        written: dict[int, dict[tuple[int, int], int]] = {}  # {stream: {(user, place): bytes}}
+        for info in walk(segment_path(vault.path, segment), size, []):
+            at = info.user, int(place_of(segment, info.offset))
+            written.setdefault(info.stream, {})[at] = info.bytes
+        held, found = 0, {}
+        for number, parts in written.items():
+            oldest: dict[int, int] = {}
+            users = np.unique(np.array([user for user, _ in parts], np.int64))
+            for user, place, first in _chains(state, number, users):
+                if (user, place) in parts:
+                    held += parts[user, place]
+                    oldest[user] = min(first, oldest.get(user, first))
+            found[number] = np.array(sorted(oldest.items()), np.int64).reshape(-1, 2).T
+        if 1 - held / size > dead:
+            out[segment] = found
+    return out
 
 
-def chain_places(state: State, number: int, users: np.ndarray) -> dict[int, set[tuple[int, int]]]:
-    """{user: {(segment, offset) of every part of the user}}."""
+def _chains(state: State, number: int, users: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(user, place, first row) of every part of `users`."""
     looked = querying.look_up(state, number, users, ())
-    chains: dict[int, set[tuple[int, int]]] = {user: set() for user in users.tolist()}
     at = np.flatnonzero(looked.places >= 0)
     while len(at):
         looked, users = looked.part(at), users[at]
-        for user, place in zip(users.tolist(), looked.places.tolist(), strict=True):
-            chains[user].add((segment_of(place), offset_of(place)))
         none = np.zeros(len(users), np.int64)
         found = looked.read(users, looked.rows, None, none, none, 0, follow=False)
+        yield from zip(users.tolist(), looked.places.tolist(), found.first.tolist(), strict=True)
         held = np.stack([found.previous, found.previous_bytes, looked.rows])
         looked = looked._replace(held=held)
         at = np.flatnonzero(looked.places >= 0)
-    return chains
 
 
 def checkpoint_is_due(state: State) -> bool:

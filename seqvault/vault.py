@@ -287,8 +287,11 @@ class Vault(Reader):
             self._must_write()
             return merging.merge(self, budget, min_rows)
 
-    def reclaim(self, budget: int | None = None, *, dead: float = 0.5) -> int:
+    def reclaim(self, budget: int | None = None, *, dead: float = 0.6) -> int:
         """Rewrites users out of segments that are dead by more than `dead`, and drops those.
+
+        A user's parts that are older than all in such segments stay in place. The more dead a
+        segment may be, the less is written, and the more disk is taken.
 
         Returns:
           Bytes of parts written, at most about `budget`.

@@ -92,7 +92,8 @@ class PartWriter:
         The newest part alone serves reads of `block_rows` behaviours.
         """
         for start, stop in cuts(first_row + words.shape[1], block_rows):
-            if start >= first_row:
+            start = max(start, first_row)
+            if start < stop:
                 previous, previous_bytes = self.write(
                     words[:, start - first_row : stop - first_row], user, stream, version, start,
                     previous, previous_bytes,

@@ -293,6 +293,28 @@ def test_a_deep_read_takes_few_reads_however_the_history_grew(tmp_path, monkeypa
     grown.close()
 
 
+def test_a_reclaim_moves_what_lies_in_dead_segments_and_nothing_older(tmp_path):
+    """Long histories keep their old parts in place; what merges left behind is given back."""
+    with seqvault.Vault.create(tmp_path / "v", SCHEMA, block_rows=4, segment_bytes=500) as vault:
+        users, oracle, count = np.arange(3), Oracle(), 0
+        for _ in range(120):
+            at = np.repeat(users, 3)
+            columns = rows(np.tile(range(count, count + 3), 3), np.arange(9) + count)
+            vault.append_many(at, columns)
+            oracle.append(at, columns)
+            vault.merge()
+            count += 3
+        before = vault.stats()["block_bytes"]
+        written = vault.reclaim(dead=0.5)
+        left = vault.stats()["block_bytes"]
+        assert 0 < written < 0.2 * left, "old parts in living segments were moved"
+        assert left < before / 10
+        assert vault.verify() == []
+        oracle.check(vault, users, np.random.default_rng(0))
+        with seqvault.Vault.open(tmp_path / "v") as fresh:
+            oracle.check(fresh, users, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
