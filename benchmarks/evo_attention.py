@@ -200,8 +200,16 @@ def main(argv=None):
     lengths = args.lengths or ([256, 1024] if args.quick else [256, 512, 1024, 2048, 4096, 8192])
     widths = args.widths or ([32] if args.quick else [32, 256])
     repeats = args.repeats or (5 if args.quick else 9)
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
     results = []
-    before = machine()
+    record = {
+        "command": " ".join(["python -m benchmarks.evo_attention", *(argv or sys.argv[1:])]),
+        "machine": machine(),
+        "floor_at_1024": FLOOR,
+        "goal_at_1024": {k: 0.75 * 1024 / (p + m * p + w + 1) for k, (p, m, w) in SPARSITY.items()},
+        "results": results,
+    }
     for d in widths:
         for backward in (False, True):
             what = "forward + backward" if backward else "forward"
@@ -218,17 +226,7 @@ def main(argv=None):
                         flush=True,
                     )
                 results.append({"L": length, "d": d, "H": 8, "backward": backward, "rows": rows})
-    record = {
-        "command": " ".join(["python -m benchmarks.evo_attention", *(argv or sys.argv[1:])]),
-        "machine": before,
-        "load_average_after": os.getloadavg(),
-        "floor_at_1024": FLOOR,
-        "goal_at_1024": {k: 0.75 * 1024 / (p + m * p + w + 1) for k, (p, m, w) in SPARSITY.items()},
-        "results": results,
-    }
-    path = Path(args.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1))
+                path.write_text(json.dumps(record, indent=1))  # at once: all of it takes an hour
     print(f"\nwrote {path}")
 
 

@@ -44,6 +44,7 @@ def tables(records: list[dict], every: bool = True) -> dict[str, str]:
         out["headline"] = "; ".join(filter(None, map(headline, device))) or NOT_MEASURED
     if cpu or every:
         out["evo_attention"] = evo_table(cpu[-1]) if cpu else NOT_MEASURED
+        out["evo_lengths"] = evo_lengths(cpu[-1]) if cpu else NOT_MEASURED
     return out
 
 
@@ -221,6 +222,28 @@ def evo_table(record: dict) -> str:
         name = f"Sparsity-{level} ({shape.chunks}, {shape.transition}, {shape.window})"
         floor = record["floor_at_1024"][level]
         out.append(f"| {name} | {goal:.2g} | {floor} | {' | '.join(cells)} | {plain} |")
+    return "\n".join(out)
+
+
+def evo_lengths(record: dict) -> str:
+    """Milliseconds of a request, and how many times as fast as the fastest dense form it is."""
+    lengths = sorted({result["L"] for result in record["results"]})
+    cells: dict[tuple, dict[int, str]] = {}
+    for result in record["results"]:
+        what = "forward + backward" if result["backward"] else "forward"
+        for row in result["rows"]:
+            if "speedup" in row:
+                key = result["d"], what, row["name"]
+                text = f"{number(row['ms'])} ({number(row['speedup'])}x)"
+                cells.setdefault(key, {})[result["L"]] = text
+    out = [
+        "| d | | | " + " | ".join(f"L={n:,}" for n in lengths) + " |",
+        "|---" * 3 + "|---" * len(lengths) + "|",
+    ]
+    for (d, what, name), found in cells.items():
+        out.append(
+            f"| {d} | {what} | {name} | " + " | ".join(found.get(n, "") for n in lengths) + " |"
+        )
     return "\n".join(out)
 
 

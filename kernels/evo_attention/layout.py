@@ -1,7 +1,7 @@
 """How EvoAttention's tiles lie in memory: cutting a batch into tiles, reading and writing one.
 
-A batch [B, L, H, K] becomes [G, groups, H, K, blocks * T]: a tile is G requests, `groups` apart in
-the batch, times T consecutive positions, which are the minor axis.
+A batch [B, L, H, K] becomes [B, H, K, blocks * T]: a tile is G requests, `groups` apart in the
+batch, times T consecutive positions, which are the minor axis.
 
 Axis letters: B requests, L history, G requests of a tile, T queries of a tile, H heads, K width.
 """
@@ -45,11 +45,6 @@ def choose_tiling(batch: int, length: int, heads: int, keys: int, budget: int) -
     return Tiling(rows, groups, width, -(-length // width))
 
 
-def rows(x, tiling: Tiling):
-    """[B, ...] -> [G, groups, ...]."""
-    return x.reshape((tiling.rows, tiling.groups) + x.shape[1:])
-
-
 def pad_last(x, tiling: Tiling, before: int = 0):
     """[..., L] -> [..., before + blocks * width]."""
     after = tiling.width * tiling.blocks - x.shape[-1]
@@ -57,36 +52,45 @@ def pad_last(x, tiling: Tiling, before: int = 0):
 
 
 def long(x, tiling: Tiling, before: int = 0):
-    """[B, L, H, K] -> [G, groups, H, K, before + blocks * width]: queries (or keys) minor."""
+    """[B, L, H, K] -> [B, H, K, before + blocks * width]: queries (or keys) minor."""
     b, length, heads, width = x.shape
     x = jnp.swapaxes(x.reshape(b, length, heads * width), 1, 2)
-    return rows(pad_last(x, tiling, before).reshape(b, heads, width, -1), tiling)
+    return pad_last(x, tiling, before).reshape(b, heads, width, -1)
 
 
 def unlong(x, length: int, before: int = 0):
     """The inverse of `long`."""
-    _, _, heads, width, long = x.shape
-    x = jnp.swapaxes(x.reshape(-1, heads * width, long)[..., before : before + length], 1, 2)
-    return x.reshape(-1, length, heads, width)
+    b, heads, width, long = x.shape
+    x = jnp.swapaxes(x.reshape(b, heads * width, long)[..., before : before + length], 1, 2)
+    return x.reshape(b, length, heads, width)
 
 
-def take(x, row, start=None, width=None):
-    """Request group `row`, and positions [start, start + width) if given, of [G, groups, ...]."""
-    at, size = [ZERO] * x.ndim, list(x.shape)
-    at[1], size[1] = row, 1
-    if start is not None:
-        at[-1], size[-1] = start, width
-    return jax.lax.dynamic_slice(x, at, size)[:, 0]
+def _groups(x, tiling: Tiling):
+    """[B, ...] -> [G, groups, ...]. Within the loop: outside XLA lays the axes out anew for it."""
+    return x.reshape((tiling.rows, tiling.groups) + x.shape[1:])
 
 
-def put(buffer, x, row, start=ZERO, add=False):
+def take(x, tiling: Tiling, row, start=None):
+    """Request group `row`, [G, ...] of [B, ...]; with `start` also the positions of its tile, and
+    what lies before them where x is that much longer."""
+    if tiling.groups > 1:
+        x = jax.lax.dynamic_index_in_dim(_groups(x, tiling), row, 1, False)
+    if start is None:
+        return x
+    width = x.shape[-1] - tiling.width * (tiling.blocks - 1)
+    return jax.lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1)
+
+
+def put(buffer, tiling: Tiling, x, row, start=ZERO, add=False):
     """The inverse of `take`; `add` adds to what is there."""
-    at = [ZERO] * buffer.ndim
-    at[1], at[-1] = row, start
-    x = x[:, None]
+    shape, at = buffer.shape, [ZERO] * buffer.ndim
+    at[-1] = start
+    if tiling.groups > 1:
+        buffer, x = _groups(buffer, tiling), x[:, None]
+        at = [ZERO, row, *at[1:]]
     if add:
         x = x + jax.lax.dynamic_slice(buffer, at, x.shape)
-    return jax.lax.dynamic_update_slice(buffer, x.astype(buffer.dtype), at)
+    return jax.lax.dynamic_update_slice(buffer, x.astype(buffer.dtype), at).reshape(shape)
 
 
 def loop(tiling: Tiling, body, buffers):

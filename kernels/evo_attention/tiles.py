@@ -33,7 +33,6 @@ from kernels.evo_attention.layout import (
     loop,
     pad_last,
     put,
-    rows,
     take,
     unlong,
 )
@@ -64,11 +63,11 @@ class _Inputs(NamedTuple):
 
     tiling: Tiling
     halo: int
-    q: jax.Array  # [G, groups, H, K, n], scaled
-    prefixes: tuple  # of (k [G, groups, H, S, K], v, clock, position)
-    band: tuple | None  # (k [G, groups, H, K, halo + n], v, user_k, user_v)
-    clock: jax.Array  # [G, groups, 4, halo + n]
-    mask: jax.Array  # [G, groups, halo + n]
+    q: jax.Array  # [B, H, K, n], scaled
+    prefixes: tuple  # of (k [B, H, S, K], v, clock, position)
+    band: tuple | None  # (k [B, H, K, halo + n], v, user_k, user_v)
+    clock: jax.Array  # [B, 4, halo + n]
+    mask: jax.Array  # [B, halo + n]
     coefficients: jax.Array  # [H, R + 1]
 
 
@@ -78,8 +77,8 @@ def _prepare(spec, q, prefixes, band, slopes, times, mask) -> _Inputs:
     tiling = choose_tiling(q.shape[0], q.shape[1], q.shape[2], max(keys), _budget(spec))
     halo = 0 if band is None else spec.window - 1
 
-    def heads_first(x):  # [B, S, H, K] -> [G, groups, H, S, K]
-        return rows(jnp.swapaxes(x, 1, 2), tiling)
+    def heads_first(x):  # [B, S, H, K] -> [B, H, S, K]
+        return jnp.swapaxes(x, 1, 2)
 
     negative = [-slopes[part].astype(dtype) for part in spec.rel.parts]
     return _Inputs(
@@ -90,8 +89,8 @@ def _prepare(spec, q, prefixes, band, slopes, times, mask) -> _Inputs:
             (
                 heads_first(p.k),
                 heads_first(p.v),
-                rows(spec.rel.clock(p.time), tiling),
-                rows(p.position, tiling),
+                spec.rel.clock(p.time),
+                p.position,
             )
             for p in prefixes
         ),
@@ -99,11 +98,11 @@ def _prepare(spec, q, prefixes, band, slopes, times, mask) -> _Inputs:
         and (
             long(band.k, tiling, halo),
             long(band.v, tiling, halo),
-            rows(band.user_k, tiling),
-            rows(band.user_v, tiling),
+            band.user_k,
+            band.user_v,
         ),
-        rows(pad_last(spec.rel.clock(times), tiling, halo), tiling),
-        rows(pad_last(mask, tiling, halo), tiling),
+        pad_last(spec.rel.clock(times), tiling, halo),
+        pad_last(mask, tiling, halo),
         jnp.stack([*negative, jnp.ones_like(slopes[0], dtype)], 1),
     )
 
@@ -224,24 +223,26 @@ def _band_over_queries(x, q, w: int):
 
 def _forward(spec, q, prefixes, band, slopes, times, mask):
     x = _prepare(spec, q, prefixes, band, slopes, times, mask)
-    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.window, x.tiling.width, x.halo
+    dtype, w, halo, width = accumulation_dtype(q.dtype), spec.window, x.halo, x.tiling.width
     branches = len(prefixes) + (band is not None)
     out = (jnp.zeros_like(x.q),) * branches
-    log_total = (jnp.zeros(x.q.shape[:3] + x.q.shape[4:], dtype),) * branches
+    log_total = (jnp.zeros(x.q.shape[:2] + x.q.shape[3:], dtype),) * branches
 
     def body(row, start, buffers):
         out, log_total = (list(b) for b in buffers)
-        q_tile = take(x.q, row, start, width)
-        clock = take(x.clock, row, start, width + halo)
+        q_tile = take(x.q, x.tiling, row, start)
+        clock = take(x.clock, x.tiling, row, start)
         position = start + jnp.arange(width, dtype=jnp.int32)
 
         def finish(branch, unscaled, total, peak):
             result = unscaled * (1 / jnp.where(total > 0, total, 1))[:, :, None]
-            out[branch] = put(out[branch], result, row, start)
-            log_total[branch] = put(log_total[branch], _log_total(total, peak), row, start)
+            out[branch] = put(out[branch], x.tiling, result, row, start)
+            log_total[branch] = put(
+                log_total[branch], x.tiling, _log_total(total, peak), row, start
+            )
 
         for branch, prefix in enumerate(x.prefixes):
-            k, v, key_clock, key_position = (take(a, row) for a in prefix)
+            k, v, key_clock, key_position = (take(a, x.tiling, row) for a in prefix)
             terms = _prefix_terms(
                 spec, clock[..., halo:], position, key_clock, key_position, dtype.type
             )
@@ -253,9 +254,9 @@ def _forward(spec, q, prefixes, band, slopes, times, mask):
             total = unscaled[:, :, -1] if q.dtype == dtype else jnp.sum(weights, 2)
             finish(branch, unscaled[:, :, :-1], total, peak)
         if x.band is not None:
-            k, v = (take(a, row, start, width + halo).astype(dtype) for a in x.band[:2])
-            user_k, user_v = (take(a, row).astype(dtype) for a in x.band[2:])
-            terms = _band_terms(spec, clock, take(x.mask, row, start, width + halo), dtype.type)
+            k, v = (take(a, x.tiling, row, start).astype(dtype) for a in x.band[:2])
+            user_k, user_v = (take(a, x.tiling, row).astype(dtype) for a in x.band[2:])
+            terms = _band_terms(spec, clock, take(x.mask, x.tiling, row, start), dtype.type)
             logits = _band_products(q_tile.astype(dtype), k, user_k, w)
             weights, peak = _exp_of(logits + _bias(x.coefficients, terms))
             unscaled = _band_over_keys(weights, v, user_v, w)
@@ -276,16 +277,13 @@ def _forward_rule(spec, q, prefixes, band, slopes, times, mask):
 def _backward_rule(spec, residuals, d_out):
     q, prefixes, band, slopes, times, mask, out, log_total = residuals
     x = _prepare(spec, q, prefixes, band, slopes, times, mask)
-    dtype, w, width, halo = accumulation_dtype(q.dtype), spec.window, x.tiling.width, x.halo
+    dtype, w, halo, width = accumulation_dtype(q.dtype), spec.window, x.halo, x.tiling.width
     batch, length = q.shape[:2]
     # do . out is the weights' mean of do . v, unless out was rounded: the error would not sum to 0
     # over the keys, and the slopes' gradients multiply it by a time's logarithm.
     exact = q.dtype == dtype
     do_out = [
-        rows(
-            pad_last(jnp.einsum("blhk,blhk->bhl", a, b, preferred_element_type=dtype), x.tiling),
-            x.tiling,
-        )
+        pad_last(jnp.einsum("blhk,blhk->bhl", a, b, preferred_element_type=dtype), x.tiling)
         for a, b in zip(d_out, out, strict=True)
     ]
     d_out = [long(o, x.tiling) for o in d_out]
@@ -302,18 +300,18 @@ def _backward_rule(spec, residuals, d_out):
 
     def body(row, start, grads):
         grads = dict(grads)
-        q_tile = take(x.q, row, start, width)
-        clock = take(x.clock, row, start, width + halo)
+        q_tile = take(x.q, x.tiling, row, start)
+        clock = take(x.clock, x.tiling, row, start)
         position = start + jnp.arange(width, dtype=jnp.int32)
         dq = []
         d_prefixes = list(grads["prefixes"])
 
         def of_branch(branch):
             """The cotangent [G, H, K, T], its product with the output, the log normaliser."""
-            return (take(a[branch], row, start, width) for a in (d_out, do_out, log_total))
+            return (take(a[branch], x.tiling, row, start) for a in (d_out, do_out, log_total))
 
         for branch, prefix in enumerate(x.prefixes):
-            k, v, key_clock, key_position = (take(a, row) for a in prefix)
+            k, v, key_clock, key_position = (take(a, x.tiling, row) for a in prefix)
             do, product, total = of_branch(branch)
             terms = _prefix_terms(
                 spec, clock[..., halo:], position, key_clock, key_position, dtype.type
@@ -329,17 +327,17 @@ def _backward_rule(spec, residuals, d_out):
                 d_logits = _softmax_gradient(weights, _product(v, do))
             dq.append(_over_keys(jnp.swapaxes(k, 2, 3), d_logits))
             dk, dv = d_prefixes[branch]
-            dk = put(dk, _over_queries(d_logits, q_tile), row, add=True)
-            dv = put(dv, _over_queries(weights, do), row, add=True)
+            dk = put(dk, x.tiling, _over_queries(d_logits, q_tile), row, add=True)
+            dv = put(dv, x.tiling, _over_queries(weights, do), row, add=True)
             d_prefixes[branch] = (dk, dv)
             grads["coefficients"] += _slope_gradients(d_logits, terms)
         if x.band is not None:
-            k, v = (take(a, row, start, width + halo).astype(dtype) for a in x.band[:2])
-            user_k, user_v = (take(a, row).astype(dtype) for a in x.band[2:])
+            k, v = (take(a, x.tiling, row, start).astype(dtype) for a in x.band[:2])
+            user_k, user_v = (take(a, x.tiling, row).astype(dtype) for a in x.band[2:])
             q_wide = q_tile.astype(dtype)
             do, product, total = of_branch(len(x.prefixes))
             do = do.astype(dtype)
-            terms = _band_terms(spec, clock, take(x.mask, row, start, width + halo), dtype.type)
+            terms = _band_terms(spec, clock, take(x.mask, x.tiling, row, start), dtype.type)
             logits = _band_products(q_wide, k, user_k, w) + _bias(x.coefficients, terms)
             weights = jnp.exp(logits - total[:, :, None])
             d_weights = _band_products(do, v, user_v, w)
@@ -352,20 +350,28 @@ def _backward_rule(spec, residuals, d_out):
             dk_tile = _band_over_queries(d_logits[:, :, 1:], q_wide, w)
             dv_tile = _band_over_queries(weights[:, :, 1:], do, w)
             grads["band"] = (
-                put(dk, dk_tile, row, start, add=True),
-                put(dv, dv_tile, row, start, add=True),
-                put(d_user_k, _over_queries(d_logits[:, :, :1], q_wide)[:, :, 0], row, add=True),
-                put(d_user_v, _over_queries(weights[:, :, :1], do)[:, :, 0], row, add=True),
+                put(dk, x.tiling, dk_tile, row, start, add=True),
+                put(dv, x.tiling, dv_tile, row, start, add=True),
+                put(
+                    d_user_k,
+                    x.tiling,
+                    _over_queries(d_logits[:, :, :1], q_wide)[:, :, 0],
+                    row,
+                    add=True,
+                ),
+                put(
+                    d_user_v, x.tiling, _over_queries(weights[:, :, :1], do)[:, :, 0], row, add=True
+                ),
             )
             grads["coefficients"] += _slope_gradients(d_logits, terms)
         grads["prefixes"] = tuple(d_prefixes)
-        grads["q"] = put(grads["q"], sum(dq), row, start)
+        grads["q"] = put(grads["q"], x.tiling, sum(dq), row, start)
         return grads
 
     grads = loop(x.tiling, body, grads)
 
-    def short(a, like):  # [G, groups, H, S, K] -> [B, S, H, K]
-        return jnp.swapaxes(a.reshape((batch,) + a.shape[2:]), 1, 2).astype(like.dtype)
+    def short(a, like):  # [B, H, S, K] -> [B, S, H, K]
+        return jnp.swapaxes(a, 1, 2).astype(like.dtype)
 
     d_prefixes = tuple(
         Prefix(short(dk, p.k), short(dv, p.v), None, None)

@@ -140,4 +140,5 @@ def test_the_pages_hold_the_tables_of_the_files():
         )
     assert found == len(tables)
     printed = tables["evo_attention"].splitlines()
-    assert printed[3].startswith("| Sparsity-2 (16, 2, 5) | 14 | 5.2 | **14.9** | 13.2 | 52; 91")
+    assert printed[3].startswith("| Sparsity-2 (16, 2, 5) | 14 | 5.2 | 9.0 | 10.6 | 42; 110 |")
+    assert "| 32 | forward | Sparsity-2 | 0.175 (4.4x) | 1.1 (9.04x) |" in tables["evo_lengths"]
