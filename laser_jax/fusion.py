@@ -30,15 +30,26 @@ def token_mix(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x.reshape(t, *middle, t, d // t), 0, -2).reshape(x.shape)
 
 
+@jax.custom_vjp
 def masked_max(segments: jax.Array, mask: jax.Array) -> jax.Array:
     """Max pooling over the segments that hold something: [B, C, S, d], [B, S] -> [B, C, d]; none
     gives 0."""
     seen = mask[:, None, :, None]
+    largest = jnp.max(jnp.where(seen, segments, -jnp.inf), 2)
+    return jnp.where(mask.any(1)[:, None, None], largest, 0)
+
+
+def _masked_max_backward(saved, cotangent):
     # By position: the gradient of max looks for the entries that equal it, and finds none where the
     # compiler computed them twice with different rounding.
+    segments, mask = saved
+    seen = mask[:, None, :, None]
     where = jnp.argmax(jnp.where(seen, segments, -jnp.inf), 2)
     chosen = seen & (where[:, :, None] == jnp.arange(segments.shape[2])[:, None])
-    return jnp.sum(jnp.where(chosen, segments, 0), 2)
+    return jnp.where(chosen, cotangent[:, :, None], 0).astype(segments.dtype), None
+
+
+masked_max.defvjp(lambda *args: (masked_max(*args), args), _masked_max_backward)
 
 
 class RankMixerBlock(nn.Module):

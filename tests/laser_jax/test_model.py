@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ctr_jax.history_model import Tokens
 from kernels.segmented_target_attention import segmented_target_attention
 from laser_jax import model
+from laser_jax.fusion import masked_max
 from laser_jax.segmented import SegmentedTargetAttention
 from tests.laser_jax import reference
 from tests.lrea_jax.cases import QUICK, SPEC, batch_of, changed
@@ -134,6 +135,25 @@ def test_pooled_sums_equal_the_loop_over_segments(s, w, c, gate, seed):
         how = dict(segment=w, activation=gate, scale=1)
         pooled = segmented_target_attention(query, x[:, :, None], None, mask, bias, **how)
     np.testing.assert_allclose(pooled, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**32))
+def test_the_largest_segment_of_each_width_takes_the_gradient(c, s, seed):
+    rng = np.random.default_rng(seed)
+    segments, pull = rng.normal(size=(4, c, s, 3)), rng.normal(size=(4, c, 3))
+    mask = rng.random((4, s)) < 0.6
+    largest, gradient = np.zeros_like(pull), np.zeros_like(segments)
+    for b, i, d in np.ndindex(pull.shape):
+        seen = [j for j in range(s) if mask[b, j]]
+        if seen:
+            best = max(seen, key=lambda j: segments[b, i, j, d])
+            largest[b, i, d] = segments[b, i, best, d]
+            gradient[b, i, best, d] = pull[b, i, d]
+    with jax.enable_x64(True):
+        found, back = jax.vjp(lambda x: masked_max(x, jnp.asarray(mask)), jnp.asarray(segments))
+        np.testing.assert_array_equal(found, largest)
+        np.testing.assert_array_equal(back(jnp.asarray(pull))[0], gradient)
 
 
 def sta(order="auto", **fields):
