@@ -29,14 +29,9 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     if WATCH.value and STEP.value is not None:
         raise app.UsageError("--step and --watch exclude each other")
-    from ctr_jax.checkpoints import ConfigMismatch
-    from ctr_jax.config import ConfigError
-    from ctr_jax.data.errors import DataError
     from ctr_jax.evaluation import evaluate
-    from ctr_jax.manifests import Damaged
     from ctr_jax.reports import format_table, summary_rows
     from ctr_jax.writers import quiet_checkpoint_logs
-    from kernels.dispatch import CannotRun
 
     jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)  # only CPU backends read it
     logging.set_verbosity(logging.INFO)
@@ -45,9 +40,7 @@ def main(argv):
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
     try:
         results = evaluate(config, workdir, STEP.value, WATCH.value, relative_to=RELATIVE_TO.value)
-    except (
-        CannotRun, ConfigError, ConfigMismatch, Damaged, DataError, FileNotFoundError
-    ) as error:  # fmt: skip
+    except (*command_line.mendable(), FileNotFoundError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     for split, result in results.items():
         print(f"\n{config.name}, {split}")

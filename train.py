@@ -41,15 +41,10 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     from ctr_jax import processes
-    from ctr_jax.checkpoints import ConfigMismatch, SaveFailed
-    from ctr_jax.config import ConfigError
-    from ctr_jax.data.errors import DataError
     from ctr_jax.describe import describe
-    from ctr_jax.manifests import Damaged
-    from ctr_jax.planner import CannotPlan, parse_rows, plan
-    from ctr_jax.training import NonFiniteLoss, train
+    from ctr_jax.planner import parse_rows, plan
+    from ctr_jax.training import train
     from ctr_jax.writers import quiet_checkpoint_logs
-    from kernels.dispatch import CannotRun
 
     devices = CPU_DEVICES.value
     if PLAN.value and PLAN.value.startswith("cpu:") and PLAN.value[4:].isdigit():
@@ -71,11 +66,8 @@ def main(argv):
             return
         workdir = WORKDIR.value or Path("runs") / config.name
         done = train(config, workdir, resume_anyway=RESUME_ANYWAY.value)
-    except (
-        CannotPlan, CannotRun, ConfigError, ConfigMismatch, Damaged, DataError, NonFiniteLoss,
-        SaveFailed,
-    ) as error:  # fmt: skip
-        processes.leave(f"{type(error).__name__}: {error}")  # the user's to mend: no traceback
+    except command_line.mendable() as error:
+        processes.leave(f"{type(error).__name__}: {error}")
     except jax.errors.JaxRuntimeError as error:
         processes.leave_broken(error)
     logging.info("done: %s", done)

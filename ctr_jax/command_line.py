@@ -1,4 +1,4 @@
-"""Running train.py and eval.py: an override of a field that is not there ends in one line."""
+"""Running train.py and eval.py: what is the user's to mend ends in one line."""
 
 from __future__ import annotations
 
@@ -14,6 +14,22 @@ def run(main) -> None:
     """`absl.app.run(main)` for a program with the flag --config."""
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=_parse)
+
+
+def mendable() -> tuple[type[Exception], ...]:
+    """The errors whose message is all that a user needs: no traceback."""
+    from ctr_jax.checkpoints import ConfigMismatch, SaveFailed
+    from ctr_jax.config import ConfigError
+    from ctr_jax.data.errors import DataError
+    from ctr_jax.manifests import Damaged
+    from ctr_jax.planner import CannotPlan
+    from ctr_jax.training import NonFiniteLoss
+    from kernels.dispatch import CannotRun
+
+    return (
+        CannotPlan, CannotRun, ConfigError, ConfigMismatch, Damaged, DataError, NonFiniteLoss,
+        SaveFailed,
+    )  # fmt: skip
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
