@@ -226,7 +226,7 @@ def main(argv=None):
                         flush=True,
                     )
                 results.append({"L": length, "d": d, "H": 8, "backward": backward, "rows": rows})
-                path.write_text(json.dumps(record, indent=1))  # at once: all of it takes an hour
+                path.write_text(json.dumps(record, indent=1))  # at once: all of it takes long
     print(f"\nwrote {path}")
 
 

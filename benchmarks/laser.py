@@ -85,7 +85,7 @@ class Case:
         self.compile_s = time.perf_counter() - began
         self.bytes = compiled.memory_analysis().temp_size_in_bytes
         self.operations = sum(flops.count(forward, variables, tokens).values())
-        # Not `compiled`, whose arguments are unpacked in Python: a seventh of the shortest times.
+        # Not `compiled`, whose arguments are unpacked in Python, which the shortest times show.
         self._run = lambda: jax.block_until_ready(jitted(variables, tokens))
         self._run()
         began = time.perf_counter()

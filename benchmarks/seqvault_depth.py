@@ -1,12 +1,13 @@
 """What a read deep into long histories costs, and what keeping them so costs in writes.
 
-    python -m benchmarks.seqvault_depth [--users=100] [--mean_length=12000]
+    python -m benchmarks.seqvault_depth [--users=100] [--mean_length=12000] [--dead=0.6]
 
 Two vaults of the same users: `loaded` in bulk, and `grown` by appends alone, in batches of 1000
-behaviours of unequally active users, with the merges of benchmarks/seqvault.py, and a reclaim of
-segments of 8 MB after every 100 batches. Reported per depth: positional reads and CPU microseconds
-of `last_n(n)` for one user, over the users who have n behaviours; and of the grown vault the bytes
-written (log, parts, checkpoints) per byte given, with and without those of the reclaims.
+behaviours of unequally active users, with the merges of benchmarks/seqvault.py, and after every
+100 batches a reclaim of segments (of 8 MB) that are dead by more than `--dead`. Reported per depth:
+positional reads and CPU microseconds of `last_n(n)` for one user, over the users who have n
+behaviours; and of the grown vault the bytes written (log, parts, checkpoints) per byte given, with
+and without those of the reclaims, and the bytes of parts on disk per behaviour.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100)
     parser.add_argument("--mean_length", type=int, default=12_000)
     parser.add_argument("--fresh_per_user", type=int, default=200)
+    parser.add_argument("--dead", type=float, default=0.6, help="of a reclaim, as its default")
     args = parser.parse_args()
     generator = Generator(args.users, args.mean_length)
     with tempfile.TemporaryDirectory() as directory:
@@ -62,7 +64,7 @@ def main() -> None:
         for i, (users, columns) in enumerate(generator.stream(rows, 1000)):
             grown.append(users, columns)
             if i % 100 == 99:
-                reclaimed += grown.vault.reclaim()
+                reclaimed += grown.vault.reclaim(dead=args.dead)
         cpu = time.process_time() - start
         grown.settle()
         stats = grown.vault.stats()

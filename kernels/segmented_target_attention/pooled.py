@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from kernels import dispatch
 from kernels.softmax import masked_softmax
 
-FEW = 4
+FEW = 4  # queries of a request, of all heads and candidates
 
 
 def pooled_sums(
@@ -79,7 +79,7 @@ def _products(query, x):
     m = query.shape[1]
     if m > FEW or dispatch.platform() != "cpu":
         return jnp.einsum("bmd,bld->bml", query, x)
-    # A CPU's product of a matrix with a vector has no packing: M of them take a fourth to a half.
+    # A CPU packs its operands for a product of matrices, and not for one with a vector.
     return jnp.stack([jnp.einsum("bd,bld->bl", query[:, i], x) for i in range(m)], 1)
 
 
