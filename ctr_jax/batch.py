@@ -5,6 +5,7 @@ Axis letters, the same in every file of the library: B requests, C candidates, L
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -64,7 +65,12 @@ class EmbeddedBatch:
     Attributes:
       batch: the RequestBatch (ids, times, masks, labels).
       vectors: {Column.key: [B, width], [B, L, width] or [B, C, width]}; exactly zero at padding.
+      rows, slots: {Column.key: [V, width]} and {Column.key: [B, L] int32} of behaviour columns that
+        are not in `vectors`: their vectors are rows[key][slots[key]], zero where a slot is past the
+        end. Empty unless `embedding.embed` was asked for them; `ctr_jax.tokens` reads both.
     """
 
     batch: RequestBatch
     vectors: dict[str, jax.Array]
+    rows: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    slots: dict[str, jax.Array] = dataclasses.field(default_factory=dict)

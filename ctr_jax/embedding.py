@@ -41,6 +41,7 @@ from jax.sharding import PartitionSpec as P
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.deduplication import deduplicate
 from ctr_jax.features import PADDING, Column
+from kernels import dispatch
 
 DATA_AXIS, TABLE_AXIS = "data", "table"
 # Rows are rounded up to this whatever the mesh, so that a checkpoint fits any "table" axis that
@@ -258,8 +259,21 @@ def _take(table, unique):
     return table.at[unique].get(mode="fill", fill_value=jnp.nan)
 
 
+def reads_rows(part: TablePlan) -> bool:
+    """Whether behaviours are given as rows and slots where a model takes them so: on one CPU, of a
+    table on the dense path. A product for each row is then a quarter of the work or less, and the
+    gradient adds up at the model's width. On an accelerator the product costs next to nothing, and
+    wider additions into few rows cost much."""
+    return part.dense and context_mesh() is None and dispatch.platform() == "cpu"
+
+
 def embed(
-    rows: Mapping[str, jax.Array], plan: Plan, columns: Iterable[Column], batch: RequestBatch
+    rows: Mapping[str, jax.Array],
+    plan: Plan,
+    columns: Iterable[Column],
+    batch: RequestBatch,
+    *,
+    as_rows: bool = False,
 ) -> EmbeddedBatch:
     """The vectors of every column: exactly zero at padding, differentiable in `rows`.
 
@@ -269,13 +283,15 @@ def embed(
     Args:
       rows: from `gather_rows` with the same plan.
       columns: as given to `lookup_ids`, or a part of them.
+      as_rows: for models that read behaviours by `ctr_jax.tokens`: columns for which `reads_rows`
+        holds stay rows and slots.
 
     Returns:
       EmbeddedBatch with float32 vectors {column.key: [B, width], [B, L, width] or [B, C, width]};
       a dense column's vector is its value, width 1, zero where its group's mask is False.
     """
     columns = tuple(columns)
-    vectors = {}
+    vectors, kept, slots = {}, {}, {}
     for column in columns:
         if not column.table:
             value = jnp.asarray(batch.values(column.group, column.source), jnp.float32)
@@ -283,10 +299,15 @@ def embed(
                 value = jnp.where(getattr(batch, f"{column.group}_mask"), value, 0.0)
             vectors[column.key] = value[..., None]
     for table in {c.table: None for c in columns if c.table}:
-        keys = [c.key for c in columns if c.table == table]
-        part = plan[table]
-        vectors |= _expand(rows[table], {key: part.slots[key] for key in keys}, part)
-    return EmbeddedBatch(batch=batch, vectors=vectors)
+        part, read = plan[table], {}
+        for column in (c for c in columns if c.table == table):
+            if as_rows and column.group == "behaviour" and reads_rows(part):
+                kept[column.key], slots[column.key] = rows[table], part.slots[column.key]
+            else:
+                read[column.key] = part.slots[column.key]
+        if read:
+            vectors |= _expand(rows[table], read, part)
+    return EmbeddedBatch(batch, vectors, kept, slots)
 
 
 def plan_part(plan: Plan, index: int | jax.Array, parts: int) -> Plan:
@@ -346,6 +367,30 @@ def _read_all_backward(saved, cotangents):
 
 
 _read_all.defvjp(_read_all_forward, _read_all_backward)
+
+
+@jax.custom_vjp
+def sum_of_rows(rows: dict[str, jax.Array], slots: dict[str, jax.Array]) -> jax.Array:
+    """sum over keys of rows[key][slots[key]], zero where a slot lies past the end: rows [V, d] and
+    slots [B, L] of every key -> [B, L, d].
+
+    Made for a CPU. A loop over requests: what is read and added stays in cache, and the result is
+    made once, where XLA would otherwise read and add again in every consumer.
+    """
+    return lax.map(lambda at: sum(_read(x, at[key]) for key, x in rows.items()), slots)
+
+
+def _sum_of_rows_forward(rows, slots):
+    return sum_of_rows(rows, slots), (rows, slots)
+
+
+def _sum_of_rows_backward(saved, cotangent):
+    rows, slots = saved
+    add = lambda x, at: jnp.zeros_like(x).at[at].add(cotangent, mode="drop")  # noqa: E731
+    return {key: add(x, slots[key]) for key, x in rows.items()}, None
+
+
+sum_of_rows.defvjp(_sum_of_rows_forward, _sum_of_rows_backward)
 
 
 def row_grad_squared_norm(row_grads: Mapping[str, jax.Array], plan: Plan) -> jax.Array:

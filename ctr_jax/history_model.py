@@ -27,6 +27,7 @@ from ctr_jax.din_attention import DINAttention
 from ctr_jax.features import Column, DataSpec, default_columns, require
 from ctr_jax.head import MLPHead
 from ctr_jax.layers import token_dot_general
+from ctr_jax.tokens import BehaviourToken
 
 
 def default_config(module: str) -> ConfigDict:
@@ -82,15 +83,11 @@ class HistoryModel(nn.Module):
             vectors = [embedded.vectors[c.key] for c in self.columns if c.group == group]
             return jnp.concatenate(vectors, -1) if vectors else jnp.zeros((size, 0))
 
-        def token(name: str) -> nn.Dense:
-            return nn.Dense(
-                config.width, use_bias=False, dot_general=token_dot_general, name=f"{name}_token"
-            )
-
         # ---- tokens ----
         candidate = join("candidate")
         profile = jnp.concatenate([join("user"), join("context")], -1)
-        query = token("candidate")(candidate)
+        token = dict(use_bias=False, dot_general=token_dot_general, name="candidate_token")
+        query = nn.Dense(config.width, **token)(candidate)
         parts = [
             candidate,
             query,
@@ -100,7 +97,9 @@ class HistoryModel(nn.Module):
         if length:  # no history: a model of the candidate and the profile
             # Whatever stands in padding, its token is an exact zero.
             mask = batch.behaviour_mask
-            behaviours = jnp.where(mask[..., None], token("behaviour")(join("behaviour")), 0)
+            keys = tuple(c.key for c in self.columns if c.group == "behaviour")
+            behaviours = BehaviourToken(config.width, keys, name="behaviour_token")(embedded)
+            behaviours = jnp.where(mask[..., None], behaviours, 0)
 
             # ---- interest ----
             if config.short_length:

@@ -29,6 +29,7 @@ from ctr_jax.batch_norm import MaskedBatchNorm
 from ctr_jax.features import Column, DataSpec, default_columns, require
 from ctr_jax.head import base_rate_logit
 from ctr_jax.target_attention import TargetAttention
+from ctr_jax.tokens import BehaviourToken
 from kernels.absorbed_target_attention import FORMS, Memory, leaky_relu
 
 
@@ -123,7 +124,8 @@ class LongShort(nn.Module):
 
     def setup(self):
         config = self.config
-        self.behaviour_token = nn.Dense(config.width, use_bias=False)
+        keys = tuple(c.key for c in self.columns if c.group == "behaviour")
+        self.behaviour_token = BehaviourToken(config.width, keys)
         self.candidate_token = nn.Dense(config.width, use_bias=False)
         unit = dict(
             hidden=config.hidden,
@@ -155,7 +157,7 @@ class LongShort(nn.Module):
     def tokens(self, embedded: EmbeddedBatch) -> tuple[jax.Array, jax.Array]:
         """Tokens of the long and the short history, [B, n, d] and [B, s, d]; padding is zero."""
         mask = embedded.batch.behaviour_mask
-        tokens = self.behaviour_token(self._join(embedded, "behaviour"))
+        tokens = self.behaviour_token(embedded)
         # Whatever stands in padding, its token is an exact zero: nothing below looks at a mask.
         tokens = jnp.where(mask[..., None], tokens, 0)
         cut = max(mask.shape[1] - self.config.short_length, 0)

@@ -158,7 +158,7 @@ def _init_fn(experiment: Experiment) -> Callable:
 def _embed(experiment: Experiment, tables, batch) -> EmbeddedBatch:
     plan = embedding.lookup_ids(experiment.columns, batch, tables)
     rows = embedding.gather_rows(tables, plan)
-    return embedding.embed(rows, plan, experiment.columns, batch)
+    return embedding.embed(rows, plan, experiment.columns, batch, as_rows=True)
 
 
 def train_step(experiment: Experiment) -> Callable:
@@ -175,15 +175,19 @@ def train_step(experiment: Experiment) -> Callable:
     def step_fn(state, batch):
         plan = embedding.lookup_ids(columns, batch, state["tables"])
         rows = embedding.gather_rows(state["tables"], plan)
-        vectors, to_rows = jax.vjp(
-            lambda rows: embedding.embed(rows, plan, columns, batch).vectors, rows
-        )
+
+        def embed(rows):
+            embedded = embedding.embed(rows, plan, columns, batch, as_rows=True)
+            return (embedded.vectors, embedded.rows), embedded.slots
+
+        looked_up, to_rows, slots = jax.vjp(embed, rows, has_aux=True)
+        embedded = EmbeddedBatch(batch, *looked_up, slots)
         # A function of the step alone, so that a resumed run draws what it would have drawn.
         dropout = jax.random.fold_in(jax.random.key(config.seed + 1), state["step"])
-        (loss, logloss, model_state), (grads, vector_grads) = gradients(
-            state["model"], state["model_state"], vectors, batch, dropout
+        (loss, logloss, model_state), (grads, looked_up_grads) = gradients(
+            state["model"], state["model_state"], embedded, dropout
         )
-        (row_grads,) = to_rows(vector_grads)
+        (row_grads,) = to_rows(looked_up_grads)
 
         norm = jnp.sqrt(
             optax.tree.norm(grads, squared=True) + embedding.row_grad_squared_norm(row_grads, plan)
@@ -219,17 +223,18 @@ def train_step(experiment: Experiment) -> Callable:
 
 
 def _gradients(experiment: Experiment) -> Callable:
-    """(params, model_state, vectors, batch, rng) -> (loss, logloss, model_state), gradients with
-    respect to params and vectors."""
+    """(params, model_state, embedded, rng) -> (loss, logloss, model_state), gradients with respect
+    to params and to (embedded.vectors, embedded.rows)."""
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
     parts = micro_batches.parts_of(config.batch_size, config.micro_batch, mesh.shape[sharding.DATA])
 
-    def loss_fn(params, vectors, model_state, batch, denominator, rng):
-        params, vectors = precision.rounded((params, vectors), config.dtype)
+    def loss_fn(params, looked_up, model_state, embedded, denominator, rng):
+        params, (vectors, rows) = precision.rounded((params, looked_up), config.dtype)
+        batch = embedded.batch
         with dispatch.scope(config.kernels, sharding.BATCH_AXES):
             (logits, out), model_state = model.apply(
                 {"params": params, **model_state},
-                EmbeddedBatch(batch, vectors),
+                embedded.replace(vectors=vectors, rows=rows),
                 train=True,
                 rngs={"dropout": rng},
                 mutable=list(model_state),
@@ -246,27 +251,35 @@ def _gradients(experiment: Experiment) -> Callable:
 
     value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
 
-    def gradients(params, model_state, vectors, batch, rng):
-        denominator = losses.loss_denominator(batch.candidate_mask, config.loss.per_request)
+    def gradients(params, model_state, embedded, rng):
+        mask = embedded.batch.candidate_mask
+        denominator = losses.loss_denominator(mask, config.loss.per_request)
+        vectors, rows = embedded.vectors, embedded.rows
         if parts == 1:
             (loss, (logloss, model_state)), grads = value_and_grad(
-                params, vectors, model_state, batch, denominator, rng
+                params, (vectors, rows), model_state, embedded, denominator, rng
             )
             return (loss, logloss, model_state), grads
         if "batch_stats" in model_state:
             raise ValueError("batch statistics span the whole batch: set config.micro_batch = 0")
 
         def part(totals, xs):
-            vectors, batch, number = xs
-            (loss, (logloss, _)), (grads, vector_grads) = value_and_grad(
-                params, vectors, model_state, batch, denominator, jax.random.fold_in(rng, number)
+            embedded, number = xs
+            (loss, (logloss, _)), (grads, (vector_grads, row_grads)) = value_and_grad(
+                params,
+                (embedded.vectors, rows),
+                model_state,
+                embedded,
+                denominator,
+                jax.random.fold_in(rng, number),
             )
-            return jax.tree.map(jnp.add, totals, (loss, logloss, grads)), vector_grads
+            return jax.tree.map(jnp.add, totals, (loss, logloss, grads, row_grads)), vector_grads
 
-        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        xs = (*micro_batches.split((vectors, batch), parts, mesh), jnp.arange(parts))
-        (loss, logloss, grads), vector_grads = jax.lax.scan(part, zeros, xs)
-        return (loss, logloss, model_state), (grads, micro_batches.join(vector_grads, mesh))
+        zeros = (jnp.zeros(()), jnp.zeros(()), *jax.tree.map(jnp.zeros_like, (params, rows)))
+        xs = (micro_batches.split(embedded.replace(rows={}), parts, mesh), jnp.arange(parts))
+        (loss, logloss, grads, row_grads), vector_grads = jax.lax.scan(part, zeros, xs)
+        vector_grads = micro_batches.join(vector_grads, mesh)
+        return (loss, logloss, model_state), (grads, (vector_grads, row_grads))
 
     return gradients
 
@@ -282,17 +295,18 @@ def score_step(experiment: Experiment) -> Callable:
         params = precision.rounded(weights["model"], config.dtype)
         variables = {"params": params, **weights["model_state"]}
 
+        embedded = _embed(experiment, weights["tables"], batch)
+        rows = precision.rounded(embedded.rows, config.dtype)
+
         def part(embedded):
             vectors = precision.rounded(embedded.vectors, config.dtype)
-            embedded = EmbeddedBatch(embedded.batch, vectors)
+            embedded = embedded.replace(vectors=vectors, rows=rows)
             with dispatch.scope(config.kernels, sharding.BATCH_AXES):
                 return experiment.model.apply(variables, embedded, train=False)[0]
 
-        embedded = _embed(experiment, weights["tables"], batch)
         if parts == 1:
             return part(embedded)
-        return micro_batches.join(
-            jax.lax.map(part, micro_batches.split(embedded, parts, mesh)), mesh
-        )
+        split = micro_batches.split(embedded.replace(rows={}), parts, mesh)
+        return micro_batches.join(jax.lax.map(part, split), mesh)
 
     return jax.jit(score)

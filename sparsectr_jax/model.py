@@ -21,6 +21,7 @@ from ctr_jax.batch import EmbeddedBatch
 from ctr_jax.features import Column, DataSpec, default_columns, require
 from ctr_jax.head import MLPHead
 from ctr_jax.layers import MLP, token_dot_general
+from ctr_jax.tokens import BehaviourToken
 from kernels import dispatch
 from kernels.evo_attention import SAVED
 from sparsectr_jax import chunking
@@ -102,15 +103,25 @@ class SparseCTR(nn.Module):
         `out` holds "losses" (none), and the final candidate vectors "candidates" [B, C, d].
         """
         batch = embedded.batch.shape[0]
+        keys = tuple(c.key for c in self.columns if c.group == "behaviour")
+        if not keys:
+            raise ValueError("SparseCTR needs at least one behaviour column")
+        tokens = BehaviourToken(self.config.width, keys, use_bias=True, name="behaviour_token")
+        behaviours = tokens(embedded)
+        embedded = EmbeddedBatch(
+            embedded.batch, {k: x for k, x in embedded.vectors.items() if k not in keys}
+        )
         rows = rows_per_tile(self.config, batch)
         requests = Requests(self.config, self.columns, name="requests")
         if rows == batch or self.is_initializing():
-            logits, candidates = requests(embedded, train)
+            logits, candidates = requests(embedded, behaviours, train)
         else:
-            cut = jax.tree.map(lambda x: x.reshape((rows, batch // rows) + x.shape[1:]), embedded)
+            cut = jax.tree.map(
+                lambda x: x.reshape((rows, batch // rows) + x.shape[1:]), (embedded, behaviours)
+            )
 
             def step(module, carry, tile):
-                return carry, module(tile, train)
+                return carry, module(*tile, train)
 
             if train:  # the attention's outputs are kept: they cost most and take little
                 policy = jax.checkpoint_policies.save_only_these_names(SAVED)
@@ -133,7 +144,10 @@ class Requests(nn.Module):
     columns: tuple[Column, ...]
 
     @nn.compact
-    def __call__(self, embedded: EmbeddedBatch, train: bool) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, embedded: EmbeddedBatch, behaviours: jax.Array, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """behaviours [B, L, d]: their tokens; `embedded` need not hold their vectors."""
         config, batch = self.config, embedded.batch
         dtype = jnp.result_type(*embedded.vectors.values())
         size, length, num_candidates = batch.shape
@@ -146,13 +160,10 @@ class Requests(nn.Module):
 
         # ---- tokens (3.2): concatenated columns to width d; the context is the candidates' ----
         times, mask = batch.behaviour_time, batch.behaviour_mask
-        past = vectors("behaviour")
+        behaviours = behaviours.astype(dtype)
         if length == 0:  # no history: one padding behaviour, so that every shape below is usual
             times, mask = jnp.zeros((size, 1), jnp.int32), jnp.zeros((size, 1), bool)
-            past = [jnp.zeros((size, 1, x.shape[-1]), dtype) for x in past]
-        if not past:
-            raise ValueError("SparseCTR needs at least one behaviour column")
-        behaviours = dense("behaviour_token")(jnp.concatenate(past, -1))
+            behaviours = jnp.zeros((size, 1, config.width), dtype)
         context = [
             jnp.broadcast_to(x[:, None], (size, num_candidates, x.shape[-1]))
             for x in vectors("context")
