@@ -260,11 +260,11 @@ def _take(table, unique):
 
 
 def reads_rows(part: TablePlan) -> bool:
-    """Whether behaviours are given as rows and slots where a model takes them so: on one CPU, of a
+    """Whether behaviours are given as rows and slots where a model takes them so: on a CPU, of a
     table on the dense path. A product for each row is then a quarter of the work or less, and the
     gradient adds up at the model's width. On an accelerator the product costs next to nothing, and
     wider additions into few rows cost much."""
-    return part.dense and context_mesh() is None and dispatch.platform() == "cpu"
+    return part.dense and dispatch.platform() == "cpu"
 
 
 def embed(
@@ -369,19 +369,31 @@ def _read_all_backward(saved, cotangents):
 _read_all.defvjp(_read_all_forward, _read_all_backward)
 
 
-@jax.custom_vjp
 def sum_of_rows(rows: dict[str, jax.Array], slots: dict[str, jax.Array]) -> jax.Array:
     """sum over keys of rows[key][slots[key]], zero where a slot lies past the end: rows [V, d] and
     slots [B, L] of every key -> [B, L, d].
 
     Made for a CPU. A loop over requests: what is read and added stays in cache, and the result is
-    made once, where XLA would otherwise read and add again in every consumer.
+    made once, where XLA would otherwise read and add again in every consumer. On a mesh every
+    device has all rows, and the slots of its own requests.
     """
+    if context_mesh() is None:
+        return _sum_of_rows(rows, slots)
+
+    def body(rows, slots):
+        return _sum_of_rows(lax.pcast(rows, DATA_AXIS, to="varying"), slots)
+
+    by_data = P(DATA_AXIS)
+    return jax.shard_map(body, in_specs=(P(), by_data), out_specs=by_data)(rows, slots)
+
+
+@jax.custom_vjp
+def _sum_of_rows(rows, slots):
     return lax.map(lambda at: sum(_read(x, at[key]) for key, x in rows.items()), slots)
 
 
 def _sum_of_rows_forward(rows, slots):
-    return sum_of_rows(rows, slots), (rows, slots)
+    return _sum_of_rows(rows, slots), (rows, slots)
 
 
 def _sum_of_rows_backward(saved, cotangent):
@@ -390,7 +402,7 @@ def _sum_of_rows_backward(saved, cotangent):
     return {key: add(x, slots[key]) for key, x in rows.items()}, None
 
 
-sum_of_rows.defvjp(_sum_of_rows_forward, _sum_of_rows_backward)
+_sum_of_rows.defvjp(_sum_of_rows_forward, _sum_of_rows_backward)
 
 
 def row_grad_squared_norm(row_grads: Mapping[str, jax.Array], plan: Plan) -> jax.Array:

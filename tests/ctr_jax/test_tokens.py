@@ -126,29 +126,32 @@ def sparsectr_model():
 
 
 @pytest.mark.parametrize(
-    "model, micro_batch, dtype",
+    "model, micro_batch, dtype, mesh",
     [
-        (lrea_model, 0, "float32"),
-        (laser_model, 32, "float32"),
-        pytest.param(laser_model, 0, "bfloat16", marks=pytest.mark.slow),
-        pytest.param(sparsectr_model, 0, "float32", marks=pytest.mark.slow),
-        pytest.param(sparsectr_model, 32, "float32", marks=pytest.mark.slow),
+        (lrea_model, 0, "float32", (1, 1)),
+        pytest.param(laser_model, 32, "float32", (1, 1), marks=pytest.mark.slow),
+        pytest.param(laser_model, 0, "float32", (2, 1), marks=pytest.mark.slow),
+        pytest.param(laser_model, 0, "bfloat16", (1, 1), marks=pytest.mark.slow),
+        pytest.param(sparsectr_model, 0, "float32", (1, 1), marks=pytest.mark.slow),
+        pytest.param(sparsectr_model, 16, "float32", (2, 2), marks=pytest.mark.slow),
     ],
 )
 def test_a_step_is_the_same_from_rows_as_from_vectors(
-    small_config, monkeypatch, model, micro_batch, dtype
+    small_config, monkeypatch, model, micro_batch, dtype, mesh
 ):
+    """The vectors go through one device, the rows through the mesh."""
     small_config.model = model()
     small_config.batch_size = small_config.eval_batch_size = 128
-    small_config.micro_batch, small_config.dtype = micro_batch, dtype
-    small_config.history_length = 16
+    small_config.dtype = dtype
+    small_config.history_length = 24
     loaded = open_data(small_config)
     batch = next(
-        pipeline.train_batches(loaded.split("train"), batch_size=128, history_length=16, seed=0)
+        pipeline.train_batches(loaded.split("train"), batch_size=128, history_length=24, seed=0)
     )
 
-    def run():
-        mesh = sharding.make_mesh(1, 1)
+    def run(mesh, micro_batch):
+        small_config.micro_batch = micro_batch
+        mesh = sharding.make_mesh(*mesh)
         with jax.set_mesh(mesh):
             experiment = steps.bind(small_config, loaded.spec, mesh, 10)
             state = steps.init_state(experiment, 0)
@@ -163,10 +166,10 @@ def test_a_step_is_the_same_from_rows_as_from_vectors(
     used = []
     reads_rows = embedding.reads_rows
     monkeypatch.setattr(embedding, "reads_rows", lambda p: used.append(reads_rows(p)) or used[-1])
-    from_rows = run()
+    from_rows = run(mesh, micro_batch)
     assert any(used)
     monkeypatch.setattr(embedding, "reads_rows", lambda part: False)
-    from_vectors = run()
+    from_vectors = run((1, 1), 0)
     loose = 1e-2 if dtype == "bfloat16" else 1e-5
     np.testing.assert_allclose(from_rows[0], from_vectors[0], rtol=10 * loose, atol=loose)
     np.testing.assert_allclose(from_rows[1], from_vectors[1], rtol=loose)
