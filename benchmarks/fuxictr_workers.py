@@ -162,8 +162,11 @@ def fuxictr_side(options: dict, batches: list[dict]) -> dict:
 
 
 def our_side(options: dict, batches: list[dict]) -> dict:
-    """This library's own train and score steps on one device, batches put there at each step."""
+    """This library's own train and score steps, batches put on the devices at each step: as with
+    train.py --cpu_devices."""
     import jax
+
+    jax.config.update("jax_num_cpu_devices", options["devices"])
 
     from ctr_jax import sharding, steps
     from ctr_jax.batch import RequestBatch

@@ -12,12 +12,16 @@ Axis letters: B requests, C candidates, L history, P chunks, d model width, H he
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from ctr_jax.batch import EmbeddedBatch
+from ctr_jax.embedding import DATA_AXIS, context_mesh
 from ctr_jax.features import Column, DataSpec, default_columns, require
 from ctr_jax.head import MLPHead
 from ctr_jax.layers import MLP, token_dot_general
@@ -74,13 +78,13 @@ def default_config() -> ConfigDict:
     config.base_rate = 0.5  # the final bias starts at its logit
     # Numbers.
     config.sparse_last_layer = True  # last block: K and V only where read; the same values
-    config.rows_per_tile = 0  # requests at a time; 0: 16 on a CPU, the whole batch elsewhere
+    config.rows_per_tile = 0  # requests at a time; 0: 64 on a CPU, the whole batch elsewhere
     return config
 
 
 def rows_per_tile(config: ConfigDict, batch: int) -> int:
     """Requests that go through the model at a time: a divisor of the batch."""
-    rows = config.rows_per_tile or (16 if dispatch.platform() == "cpu" else batch)
+    rows = config.rows_per_tile or (64 if dispatch.platform() == "cpu" else batch)
     return next(r for r in range(min(rows, batch), 0, -1) if batch % r == 0)
 
 
@@ -89,8 +93,8 @@ class SparseCTR(nn.Module):
 
     Requests do not see each other, so on a CPU a few at a time go through the model, in cache,
     and training makes their activations anew for the backward pass: faster, and memory does not
-    grow with the batch. The requests of a tile are evenly spaced in the batch, so that a sharded
-    batch stays where it is.
+    grow with the batch. On a mesh every device goes through its own requests, and gradients are
+    summed over the devices once, not for every few.
     """
 
     config: ConfigDict
@@ -102,7 +106,6 @@ class SparseCTR(nn.Module):
 
         `out` holds "losses" (none), and the final candidate vectors "candidates" [B, C, d].
         """
-        batch = embedded.batch.shape[0]
         keys = tuple(c.key for c in self.columns if c.group == "behaviour")
         if not keys:
             raise ValueError("SparseCTR needs at least one behaviour column")
@@ -111,30 +114,42 @@ class SparseCTR(nn.Module):
         embedded = EmbeddedBatch(
             embedded.batch, {k: x for k, x in embedded.vectors.items() if k not in keys}
         )
+        mesh = context_mesh()
+        batch = embedded.batch.shape[0] // (1 if mesh is None else mesh.shape[DATA_AXIS])
         rows = rows_per_tile(self.config, batch)
-        requests = Requests(self.config, self.columns, name="requests")
         if rows == batch or self.is_initializing():
+            requests = Requests(self.config, self.columns, name="requests")
             logits, candidates = requests(embedded, behaviours, train)
         else:
-            cut = jax.tree.map(
-                lambda x: x.reshape((rows, batch // rows) + x.shape[1:]), (embedded, behaviours)
-            )
-
-            def step(module, carry, tile):
-                return carry, module(*tile, train)
-
-            if train:  # the attention's outputs are kept: they cost most and take little
-                policy = jax.checkpoint_policies.save_only_these_names(SAVED)
-                step = nn.remat(step, prevent_cse=False, policy=policy)
-            _, out = nn.scan(
-                step,
-                variable_broadcast="params",
-                split_rngs={"params": False, "dropout": True},
-                in_axes=1,
-                out_axes=1,
-            )(requests, (), cut)
-            logits, candidates = (x.reshape((batch,) + x.shape[2:]) for x in out)
+            params = self.variables["params"]["requests"]
+            dropped = train and self.config.dropout > 0
+            key = self.make_rng("dropout") if dropped else jax.random.key(0)
+            run = functools.partial(self._in_tiles, rows, train)
+            if mesh is not None:
+                whole, by_data = P(), P(DATA_AXIS)
+                run = jax.shard_map(
+                    run, in_specs=(whole, whole, by_data), out_specs=by_data, check_vma=False
+                )
+            logits, candidates = run(params, key, (embedded, behaviours))
         return logits, {"losses": {}, "candidates": candidates}
+
+    def _in_tiles(self, rows: int, train: bool, params, key, inputs):
+        """`Requests` on one device's inputs, `rows` requests at a time."""
+        requests = Requests(self.config, self.columns, parent=None)
+        batch = inputs[1].shape[0]
+        first = 0 if context_mesh() is None else jax.lax.axis_index(DATA_AXIS) * (batch // rows)
+
+        def step(carry, tile):
+            number, inputs = tile
+            rngs = {"dropout": jax.random.fold_in(key, number)}
+            return carry, requests.apply({"params": params}, *inputs, train, rngs=rngs)
+
+        if train:  # the attention's outputs are kept: they cost most and take little
+            policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+            step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+        cut = jax.tree.map(lambda x: x.reshape((batch // rows, rows) + x.shape[1:]), inputs)
+        _, out = jax.lax.scan(step, (), (first + jnp.arange(batch // rows), cut))
+        return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:]), out)
 
 
 class Requests(nn.Module):
