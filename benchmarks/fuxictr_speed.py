@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the item ids")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=1, help="ours: train.py's --cpu_devices")
     parser.add_argument(
         "--bst_heads", type=int, default=4, help="4 in its template, 2 in its class"
     )
@@ -264,6 +265,7 @@ def main() -> None:
         "zipf": args.zipf,
         "batches": 4,
         "threads": args.threads,
+        "devices": args.devices,
         "repo": args.fuxictr_repo and str(Path(args.fuxictr_repo).resolve()),
     }
     pythons = {"fuxictr": args.fuxictr_python, "ours": sys.executable}

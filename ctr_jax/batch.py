@@ -67,7 +67,7 @@ class EmbeddedBatch:
       vectors: {Column.key: [B, width], [B, L, width] or [B, C, width]}; exactly zero at padding.
       rows, slots: {Column.key: [V, width]} and {Column.key: [B, L] int32} of behaviour columns that
         are not in `vectors`: their vectors are rows[key][slots[key]], zero where a slot is past the
-        end. Empty unless `embedding.embed` was asked for them; `ctr_jax.tokens` reads both.
+        end. Empty for models that do not say `takes_rows = True`; `ctr_jax.tokens` reads both.
     """
 
     batch: RequestBatch

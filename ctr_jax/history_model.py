@@ -73,6 +73,8 @@ class HistoryModel(nn.Module):
     columns: tuple[Column, ...]
     interest: Any
 
+    takes_rows = True
+
     @nn.compact
     def __call__(self, embedded: EmbeddedBatch, train: bool) -> tuple[jax.Array, dict]:
         """EmbeddedBatch -> (logits [B, C], out); out has "losses" (none) and "interest"."""

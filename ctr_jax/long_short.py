@@ -122,6 +122,8 @@ class LongShort(nn.Module):
     columns: tuple[Column, ...]
     long: Any
 
+    takes_rows = True
+
     def setup(self):
         config = self.config
         keys = tuple(c.key for c in self.columns if c.group == "behaviour")

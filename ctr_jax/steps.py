@@ -158,7 +158,14 @@ def _init_fn(experiment: Experiment) -> Callable:
 def _embed(experiment: Experiment, tables, batch) -> EmbeddedBatch:
     plan = embedding.lookup_ids(experiment.columns, batch, tables)
     rows = embedding.gather_rows(tables, plan)
-    return embedding.embed(rows, plan, experiment.columns, batch, as_rows=True)
+    return embedding.embed(
+        rows, plan, experiment.columns, batch, as_rows=takes_rows(experiment.model)
+    )
+
+
+def takes_rows(model: Any) -> bool:
+    """Whether a model reads behaviours by `ctr_jax.tokens`, and says so: `takes_rows = True`."""
+    return getattr(model, "takes_rows", False)
 
 
 def train_step(experiment: Experiment) -> Callable:
@@ -177,7 +184,9 @@ def train_step(experiment: Experiment) -> Callable:
         rows = embedding.gather_rows(state["tables"], plan)
 
         def embed(rows):
-            embedded = embedding.embed(rows, plan, columns, batch, as_rows=True)
+            embedded = embedding.embed(
+                rows, plan, columns, batch, as_rows=takes_rows(experiment.model)
+            )
             return (embedded.vectors, embedded.rows), embedded.slots
 
         looked_up, to_rows, slots = jax.vjp(embed, rows, has_aux=True)

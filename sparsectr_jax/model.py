@@ -100,6 +100,8 @@ class SparseCTR(nn.Module):
     config: ConfigDict
     columns: tuple[Column, ...]
 
+    takes_rows = True
+
     @nn.compact
     def __call__(self, embedded: EmbeddedBatch, train: bool) -> tuple[jax.Array, dict]:
         """EmbeddedBatch -> (logits [B, C] float32, out).
