@@ -10,8 +10,8 @@ from configs import sparsectr_movielens
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = sparsectr_movielens.get_config(variant)
-    config.name = config.name.replace("sparsectr", "din")
+    config = sparsectr_movielens.protocol(variant)
+    config.name = f"din_{config.name}"
     config.model = din.default_config()
     config.optimizer.learning_rate = config.table_optimizer.learning_rate = 1e-3
     return config

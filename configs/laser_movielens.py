@@ -15,7 +15,7 @@ from configs import laser_alibaba, sparsectr_movielens
 
 def get_config(variant: str = "") -> ConfigDict:
     row, rest = laser_alibaba.split(variant, ("v1",))
-    config = sparsectr_movielens.get_config(",".join(rest))
+    config = sparsectr_movielens.protocol(",".join(rest))
     config.name = "_".join([row, "movielens", *rest])
     config.history_length = 200
     laser_alibaba.put_model(config, row, short_length=50)

@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     chosen = set(variant.split(",")) - {""}
     if chosen - {"v1", "L500"}:
         raise ValueError(f"variant {variant!r}: choose among v1 and L500, joined by a comma")
-    config = sparsectr_movielens.get_config("v1" if "v1" in chosen else "")
+    config = sparsectr_movielens.protocol("v1" if "v1" in chosen else "")
     config.name = "_".join(["lrea_movielens", *sorted(chosen)])
     # Not the paper's Adagrad at .01: chosen on the validation tail (docs/lrea.md), for LREA and the
     # DINs beside it alike.
