@@ -76,7 +76,8 @@ def test_the_reported_command_holds_no_paths():
 
 @pytest.mark.slow
 def test_our_side_trains_and_scores_in_its_own_process():
-    shared = {"rows": 8, "length": 16, "width": 32, "zipf": 1.0, "batches": 2, "threads": 2}
+    shared = {"rows": 8, "length": 16, "width": 32, "zipf": 1.0, "batches": 2}
+    shared |= {"threads": 2, "devices": 2}
     models = {"DIN": fuxictr_speed.MODELS["DIN"]}
     pythons = {"ours": sys.executable}
     results = fuxictr_speed.measure(models, pythons, shared, rounds=2, seconds=0.01)
