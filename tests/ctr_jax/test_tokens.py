@@ -132,7 +132,6 @@ def sparsectr_model():
         pytest.param(laser_model, 32, "float32", (1, 1), marks=pytest.mark.slow),
         pytest.param(laser_model, 0, "float32", (2, 1), marks=pytest.mark.slow),
         pytest.param(laser_model, 0, "bfloat16", (1, 1), marks=pytest.mark.slow),
-        pytest.param(sparsectr_model, 0, "float32", (1, 1), marks=pytest.mark.slow),
         pytest.param(sparsectr_model, 16, "float32", (2, 2), marks=pytest.mark.slow),
     ],
 )
