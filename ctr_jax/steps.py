@@ -158,14 +158,12 @@ def _init_fn(experiment: Experiment) -> Callable:
 def _embed(experiment: Experiment, tables, batch) -> EmbeddedBatch:
     plan = embedding.lookup_ids(experiment.columns, batch, tables)
     rows = embedding.gather_rows(tables, plan)
-    return embedding.embed(
-        rows, plan, experiment.columns, batch, as_rows=takes_rows(experiment.model)
-    )
+    return _embed_rows(experiment, rows, plan, batch)
 
 
-def takes_rows(model: Any) -> bool:
-    """Whether a model reads behaviours by `ctr_jax.tokens`, and says so: `takes_rows = True`."""
-    return getattr(model, "takes_rows", False)
+def _embed_rows(experiment: Experiment, rows, plan, batch) -> EmbeddedBatch:
+    as_rows = getattr(experiment.model, "takes_rows", False)  # it reads them by ctr_jax.tokens
+    return embedding.embed(rows, plan, experiment.columns, batch, as_rows=as_rows)
 
 
 def train_step(experiment: Experiment) -> Callable:
@@ -184,9 +182,7 @@ def train_step(experiment: Experiment) -> Callable:
         rows = embedding.gather_rows(state["tables"], plan)
 
         def embed(rows):
-            embedded = embedding.embed(
-                rows, plan, columns, batch, as_rows=takes_rows(experiment.model)
-            )
+            embedded = _embed_rows(experiment, rows, plan, batch)
             return (embedded.vectors, embedded.rows), embedded.slots
 
         looked_up, to_rows, slots = jax.vjp(embed, rows, has_aux=True)

@@ -10,8 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ctr_jax.embedding import sum_of_rows
-from kernels import dispatch
 from kernels.evo_attention import floor_log2
 
 NUM_BUCKETS = 31  # floor(log2) of positive int32
@@ -50,7 +48,4 @@ class RecencyEmbedding(nn.Module):
     def __call__(self, request_time: jax.Array, times: jax.Array) -> jax.Array:
         """[B], [B, L] int32 seconds -> [B, L, width]."""
         table = self.param("table", nn.initializers.normal(0.02), (NUM_BUCKETS, self.width))
-        buckets = age_buckets(request_time, times)
-        if dispatch.platform() == "cpu":
-            return sum_of_rows({"age": table}, {"age": buckets})
-        return rows_of(table, buckets)
+        return rows_of(table, age_buckets(request_time, times))
