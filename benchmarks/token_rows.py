@@ -16,7 +16,7 @@ from unittest import mock
 
 import jax
 
-from benchmarks.lrea_studies import load_page
+from benchmarks.lrea_gap import load_page
 from ctr_jax import embedding, sharding, steps
 from ctr_jax.data import open_data, pipeline
 from ctr_jax.reports import format_table

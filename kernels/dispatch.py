@@ -88,6 +88,12 @@ def request_axes() -> tuple[str, ...]:
     return meshes.axes_to_map(_SCOPE.get().batch_axes)
 
 
+def requests_are_local(batch: int) -> bool:
+    """Whether each device has all of its requests to itself, or can be given them by mapping over
+    `request_axes`: only then may an op take requests apart without a transfer between devices."""
+    return meshes.refusal(_SCOPE.get().batch_axes, batch, partitioned=False) is None
+
+
 def platform() -> str:
     """ "cpu", "tpu" or "gpu": that of the mesh set at trace time, else the default backend's."""
     device = _mesh_device()

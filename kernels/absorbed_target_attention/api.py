@@ -24,6 +24,7 @@ Axis letters: B requests, C candidates, K rows, d model width, h hidden units.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -32,13 +33,15 @@ import jax
 import jax.numpy as jnp
 
 from kernels import dispatch, meshes
-from kernels.absorbed_target_attention import pallas_gpu, pallas_tpu, reference
+from kernels.absorbed_target_attention import pallas_gpu, pallas_tpu, reference, row_tiles
 from kernels.absorbed_target_attention.blocks import Blocks, blocks_for
-from kernels.absorbed_target_attention.reference import TILINGS, Weights, leaky_relu
+from kernels.absorbed_target_attention.reference import Weights, leaky_relu
 
 OP = "absorbed_target_attention"
 FORMS = ("joint", "split")
+TILINGS = ("keys", "hidden")
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+TRAINED_BY = {"xla": row_tiles} | KERNELS
 # Nothing has been measured on an accelerator: XLA everywhere (docs/kernels.md).
 PREFERRED: dict[str, tuple[str, ...]] = {}
 
@@ -77,8 +80,8 @@ def absorbed_target_attention(
       query: [B, C, d] candidates.
       memory: K rows; K = 0 gives zeros.
       slope: a of phi.
-      tiling: of "xla": "keys" or "hidden" (reference.py).
-      tile_bytes: of "xla": size of the largest temporary of a tile; 0 = 4 MiB on a CPU and 64 MiB
+      tiling: of "xla": "keys" for training (row_tiles.py), "hidden" for serving (reference.py).
+      tile_bytes: of "xla": size of the largest temporary of a tile; 0 = 1 MiB on a CPU and 64 MiB
         elsewhere ("keys"), 128 KiB ("hidden").
       implementation: None or one of dispatch.IMPLEMENTATIONS.
       interpret: of a Pallas implementation: run anywhere; for pallas_tpu a pltpu.InterpretParams
@@ -93,54 +96,69 @@ def absorbed_target_attention(
     chosen = dispatch.choose(OP, implementation, refusals, PREFERRED)
     if 0 in memory.keys.shape[:2] or query.shape[1] == 0:
         return jnp.zeros_like(query)
-    rows = (query, memory.keys, memory.values)
-    if chosen == "xla":
-        out = reference.attend(
-            *rows, weights, form=form, slope=slope, tiling=tiling, tile_bytes=tile_bytes
-        )
+    arguments = (query, memory.keys, memory.values, weights)
+    joint, slope = form == "joint", float(slope)
+    if chosen == "xla" and tiling == "hidden":
+        out = reference.attend(*arguments, joint=joint, slope=slope, tile_bytes=tile_bytes)
+    elif chosen == "xla":
+        together = not dispatch.requests_are_local(len(query))
+        axes = () if together else dispatch.request_axes()
+        options = dict(tile_bytes=tile_bytes, together=together)
+        out = _mapped(_How(axes, chosen, joint, slope, tuple(options.items())), *arguments)
     else:
         blocks = blocks or blocks_for(chosen, query.dtype, memory.keys.shape[1])
-        how = (dispatch.request_axes(), chosen, form == "joint", float(slope), blocks, interpret)
-        out = _kernel(how, *rows, weights)
+        options = dict(blocks=blocks, interpret=interpret)
+        how = _How(dispatch.request_axes(), chosen, joint, slope, tuple(options.items()))
+        out = _mapped(how, *arguments)
     if form == "split":
         of_query = leaky_relu(query @ weights.of_query, slope) @ weights.out
         out = out + (of_query[..., None] * memory.total[:, None]).astype(out.dtype)
     return out
 
 
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """Mesh axes to map over, and the arguments of an implementation that are no arrays."""
+
+    axes: tuple[str, ...]
+    implementation: str
+    joint: bool
+    slope: float
+    options: tuple[tuple[str, Any], ...]
+
+    def arguments(self) -> dict[str, Any]:
+        return dict(joint=self.joint, slope=self.slope, **dict(self.options))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kernel(how, query, keys, values, weights):
-    axes, implementation, joint, slope, blocks, interpret = how
+def _mapped(how: _How, query, keys, values, weights):
+    """Each device runs the implementation on its own requests (kernels/meshes.py)."""
+    run = TRAINED_BY[how.implementation].forward
 
     def forward(rows, weights):
-        out = KERNELS[implementation].forward(
-            *rows, weights, joint=joint, slope=slope, blocks=blocks, interpret=interpret
-        )
-        return out, ()
+        return run(*rows, weights, **how.arguments()), ()
 
-    return meshes.over_requests(axes, forward, (query, keys, values), weights)[0]
+    return meshes.over_requests(how.axes, forward, (query, keys, values), weights)[0]
 
 
-def _kernel_forward(how, *arguments):
-    return _kernel(how, *arguments), arguments
+def _mapped_forward(how, *arguments):
+    return _mapped(how, *arguments), arguments
 
 
-def _kernel_backward(how, arguments, dout):
-    axes, implementation, joint, slope, blocks, interpret = how
+def _mapped_backward(how, arguments, dout):
     *rows, weights = arguments
+    run = TRAINED_BY[how.implementation].backward
 
     def backward(requests, weights):
         rows, dout = requests
-        *gradients, dweights = KERNELS[implementation].backward(
-            *rows, weights, dout, joint=joint, slope=slope, blocks=blocks, interpret=interpret
-        )
+        *gradients, dweights = run(*rows, weights, dout, **how.arguments())
         return gradients, dweights
 
-    gradients, dweights = meshes.over_requests(axes, backward, (rows, dout), weights)
+    gradients, dweights = meshes.over_requests(how.axes, backward, (rows, dout), weights)
     return jax.tree.map(lambda x, g: g.astype(x.dtype), arguments, (*gradients, dweights))
 
 
-_kernel.defvjp(_kernel_forward, _kernel_backward)
+_mapped.defvjp(_mapped_forward, _mapped_backward)
 
 
 def _refusals(query) -> dict[str, str]:

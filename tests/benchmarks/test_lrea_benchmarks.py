@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import lrea_serving, lrea_studies
+from benchmarks import lrea_gap, lrea_serving
 
 
 def test_the_serving_benchmark_runs_and_judges(tmp_path, capsys, monkeypatch):
@@ -63,28 +63,14 @@ def page(tmp_path):
     return path
 
 
-def run(page, tmp_path, study, *more):
-    out = tmp_path / f"{study}.json"
-    lrea_studies.main([study, f"--config={page}", f"--raw_dir={tmp_path / 'raw'}",
-                       f"--prepared_dir={tmp_path / 'prepared'}", f"--workdir={tmp_path / 'runs'}",
-                       "--steps=3", "--seeds=1", f"--out={out}", "--cpu_devices=8",
-                       *more])  # fmt: skip
-    return json.loads(out.read_text())
-
-
-@pytest.mark.slow
-def test_the_rank_study_trains_what_fits(page, tmp_path, capsys):
-    rows = run(page, tmp_path, "rank")
-    assert [r["rank"] for r in rows] == [32, 64, 128]
-    assert 0 <= rows[0]["AUC"] <= 1 and rows[0]["paper AUC"] == 0.7081
-    assert rows[1]["AUC"] == "r > L = 40"
-    assert " 0.70810 |" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_the_gap_study_measures_rounding_on_the_absorbed_path(page, tmp_path, monkeypatch):
-    monkeypatch.setattr(lrea_studies, "FORMS", ("joint",))
-    monkeypatch.setattr(lrea_studies.low_rank, "PARAMETRISATIONS", ("free",))
-    rows = run(page, tmp_path, "gap", "--starts", "normal")
+    monkeypatch.setattr(lrea_gap, "FORMS", ("joint",))
+    monkeypatch.setattr(lrea_gap.low_rank, "PARAMETRISATIONS", ("free",))
+    lrea_gap.main([f"--config={page}", f"--raw_dir={tmp_path / 'raw'}",
+                   f"--prepared_dir={tmp_path / 'prepared'}", f"--workdir={tmp_path / 'runs'}",
+                   "--steps=3", "--seeds=1", f"--out={tmp_path / 'gap.json'}", "--cpu_devices=8",
+                   "--starts", "normal"])  # fmt: skip
+    rows = json.loads((tmp_path / "gap.json").read_text())
     gaps = {r["path"]: r["largest"] for r in rows}
     assert gaps["absorbed"] < 1e-5 < 1e-4 < gaps["decompressed"]

@@ -1,20 +1,15 @@
-"""LREA's studies by config: rank and lambda (the paper's Table 3), and the gap of absorption.
+"""What LREA loses between training and serving: the gap of absorption.
 
-    python -m benchmarks.lrea_studies rank   --config=configs/lrea_movielens.py --raw_dir=DIR
-    python -m benchmarks.lrea_studies lambda --config=configs/lrea_movielens.py --raw_dir=DIR
-    python -m benchmarks.lrea_studies rank   --config=configs/lrea_industrial.py
-    python -m benchmarks.lrea_studies lambda --config=configs/lrea_industrial.py
-    python -m benchmarks.lrea_studies gap    --config=configs/lrea_amazon.py:demo
+    python -m benchmarks.lrea_gap --config=configs/lrea_amazon.py:demo
+    python -m benchmarks.lrea_gap --config=configs/lrea_movielens.py --raw_dir=DIR
 
-`rank` trains r in {32, 64, 128}, `lambda` {.05, .1, .3, .5, .8}, each with --seeds (three), and
-prints test AUC and GAUC, mean and standard deviation, beside the paper's (another data set).
+Trains both forms and both parametrisations on both paths, and scores the test split twice with the
+same weights: by the path that was trained, and from caches as served (`lrea_jax.serving`). Where
+the trained path is "absorbed" the gap is rounding; where it is "decompressed" it is what eq. 6
+neglects. Largest and mean difference of the predicted click probability, and both AUCs.
 
-`gap` trains both forms and both parametrisations on both paths, and scores the test split twice
-with the same weights: by the path that was trained, and from caches as served (`lrea_jax.serving`).
-Where the trained path is "absorbed" the gap is rounding; where it is "decompressed" it is what
-eq. 6 neglects. Largest and mean difference of the predicted click probability, and both AUCs.
-
-Runs already finished under --workdir are not trained again.
+Runs already finished under --workdir are not trained again. Ranks and lambdas (Table 3):
+`benchmarks.quality --study=lrea_table_3`.
 """
 
 from __future__ import annotations
@@ -23,7 +18,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import statistics
 from pathlib import Path
 
 import jax
@@ -32,7 +26,7 @@ from ml_collections import ConfigDict
 
 from ctr_jax import metrics, steps
 from ctr_jax.data import open_data
-from ctr_jax.evaluation import evaluate, score_split
+from ctr_jax.evaluation import score_split
 from ctr_jax.reports import format_table
 from ctr_jax.serving import restore
 from ctr_jax.training import train
@@ -40,18 +34,6 @@ from ctr_jax.writers import quiet_checkpoint_logs
 from kernels.absorbed_target_attention import FORMS
 from lrea_jax import low_rank
 from lrea_jax.serving import ServedModel, name_of, precompute, score
-
-# Table 3: {value: (AUC, GAUC)} on the paper's own log; r at lambda .3, lambda at r 128.
-PAPER = {
-    "rank": {32: (0.7081, 0.6222), 64: (0.7097, 0.6254), 128: (0.7154, 0.6343)},
-    "lambda": {
-        0.05: (0.7121, 0.6298),
-        0.1: (0.7138, 0.6312),
-        0.3: (0.7154, 0.6343),
-        0.5: (0.7137, 0.6315),
-        0.8: (0.7129, 0.6297),
-    },
-}
 
 
 def load_page(page: str) -> ConfigDict:
@@ -74,32 +56,7 @@ def changed(config: ConfigDict, args, what: str, seed: int, **model) -> tuple[Co
         config.data.prepared_dir = args.prepared_dir
     if args.steps:
         config.total_epochs, config.total_steps = 0.0, args.steps
-    return config, Path(args.workdir) / config.name / args.study / what / f"seed{seed}"
-
-
-def study(config: ConfigDict, args) -> list[dict]:
-    """Rows of Table 3's kind."""
-    rows = []
-    for value, (auc, gauc) in PAPER[args.study].items():
-        row = {args.study: value}
-        if args.study == "rank" and value > config.model.long_length:
-            rows.append({**row, "AUC": f"r > L = {config.model.long_length}"})
-            continue
-        found = []
-        for seed in range(args.seeds):
-            model = {"rank": value} if args.study == "rank" else {}
-            run, workdir = changed(config, args, str(value), seed, **model)
-            if args.study == "lambda":
-                run.loss.weights.non_negativity = value
-            train(run, workdir)
-            found.append(evaluate(run, workdir, splits=("test",))["test"])
-        for name, key in (("AUC", "auc"), ("GAUC", "gauc_user")):
-            values = [r[key] for r in found if r.get(key) is not None]
-            row[name] = statistics.mean(values) if values else None
-            row[f"{name} sd"] = statistics.stdev(values) if len(values) > 1 else None
-        rows.append({**row, "seeds": len(found), "paper AUC": auc, "paper GAUC": gauc})
-        print(row, flush=True)
-    return rows
+    return config, Path(args.workdir) / config.name / what / f"seed{seed}"
 
 
 def gap(config: ConfigDict, args) -> list[dict]:
@@ -154,13 +111,12 @@ def measured_gap(config: ConfigDict, workdir: Path) -> dict:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=(*PAPER, "gap"))
     parser.add_argument("--config", required=True, help="a page of configs/, with :variant")
     parser.add_argument("--raw_dir")
     parser.add_argument("--prepared_dir")
-    parser.add_argument("--workdir", default="runs/lrea_studies")
+    parser.add_argument("--workdir", default="runs/lrea_gap")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--starts", nargs="*", default=low_rank.STARTS, help="of the gap study")
+    parser.add_argument("--starts", nargs="*", default=low_rank.STARTS)
     parser.add_argument("--steps", type=int, help="instead of the config's duration")
     parser.add_argument("--cpu_devices", type=int, default=1)
     parser.add_argument("--out", help="also write the rows as JSON")
@@ -168,8 +124,8 @@ def main(argv=None):
     jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     quiet_checkpoint_logs()
     config = load_page(args.config)
-    rows = gap(config, args) if args.study == "gap" else study(config, args)
-    print(f"\n{config.name}, {args.study}\n")
+    rows = gap(config, args)
+    print(f"\n{config.name}\n")
     small = ("largest", "mean")
     shown = [{k: f"{v:.1e}" if k in small else v for k, v in row.items()} for row in rows]
     print(format_table(shown, markdown=True))
