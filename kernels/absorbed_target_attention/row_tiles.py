@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from kernels import dispatch
 from kernels.absorbed_target_attention.reference import Weights, leaky_relu, tiles
+from kernels.request_groups import cut, size_of_groups, whole
 
 ROWS = 256  # of a tile, where there are as many
 # A CPU's caches like the first (measured: .5 and 1 MiB alike, 4 MiB slower); memory allows the
@@ -43,7 +44,7 @@ def forward(query, keys, values, weights, *, joint, slope, tile_bytes, together)
         return jax.lax.scan(step, jnp.zeros(query.shape, weights.out.dtype), rows)[0]
 
     out = jax.lax.map(of_requests, (query, rows)).astype(query.dtype)
-    return _whole(out, len(keys))
+    return whole(out, len(keys))
 
 
 def backward(query, keys, values, weights, dout, *, joint, slope, tile_bytes, together):
@@ -51,7 +52,7 @@ def backward(query, keys, values, weights, dout, *, joint, slope, tile_bytes, to
     b, k = keys.shape[:2]
     weights = _exact(weights, query.dtype)
     query, rows = _tiles(query, (keys, values), weights, tile_bytes, together)
-    dout = _requests(dout, query.shape[1])
+    dout = cut(dout, query.shape[1])
 
     def of_requests(dweights, requests):
         query, rows, dout = requests
@@ -72,7 +73,7 @@ def backward(query, keys, values, weights, dout, *, joint, slope, tile_bytes, to
     # [groups, tiles, requests, rows, d] -> [groups, requests, tiles x rows, d]
     drows = [jnp.moveaxis(x, 1, 2) for x in drows]
     drows = [x.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, :k] for x in drows]
-    return *(_whole(x, b) for x in (dquery, *drows)), dweights
+    return *whole((dquery, *drows), b), dweights
 
 
 def _prepare(query, weights, joint):
@@ -108,22 +109,6 @@ def _tiles(query, rows, weights, tile_bytes, together):
     k = rows[0].shape[1]
     tile_bytes = tile_bytes or TILE_BYTES.get(dispatch.platform(), LARGE_TILE_BYTES)
     fit = tile_bytes // (c * weights.out.size * weights.out.dtype.itemsize)  # requests x rows
-    requests = b if together else max(1, min(b, fit // min(k, ROWS)))
-    query = _requests(query, requests)
-    requests = query.shape[1]
-    return query, tuple(
-        jnp.moveaxis(tiles(_requests(x, requests), fit // requests), 0, 1) for x in rows
-    )
-
-
-def _requests(x: jax.Array, most: int) -> jax.Array:
-    """[B, ...] -> [groups, requests, ...]: groups alike, of at most so many, padded with zeros."""
-    groups = -(-len(x) // most)
-    size = -(-len(x) // groups)
-    x = jnp.pad(x, ((0, groups * size - len(x)), *[(0, 0)] * (x.ndim - 1)))
-    return x.reshape(groups, size, *x.shape[1:])
-
-
-def _whole(x: jax.Array, b: int) -> jax.Array:
-    """[groups, requests, ...] -> [B, ...] without what `_requests` added."""
-    return x.reshape(-1, *x.shape[2:])[:b]
+    requests = b if together else size_of_groups(b, fit // min(k, ROWS))
+    query, rows = cut((query, rows), requests)
+    return query, tuple(jnp.moveaxis(tiles(x, fit // requests), 0, 1) for x in rows)

@@ -1,11 +1,16 @@
 """DIN's unit against one MLP per pair in float64; Dice's statistics; tiles; invariances."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ctr_jax.din_attention import DINAttention
+from kernels import dispatch
 
 B, C, L, D = 3, 2, 7, 4
 MASK = np.array([[0, 0, 0, 0, 1, 1, 1], [0] * 7, [1] * 7], bool)
@@ -64,7 +69,8 @@ def case(activation, hidden=(6, 5), tile_bytes=1 << 20):
     return unit, jax.tree.unflatten(tree, leaves), query, keys
 
 
-TILES = [1 << 20, B * C * 6 * 4 * 3]  # all at once; three rows at a time, so that L = 7 is ragged
+PAIR = L * 6 * 4  # bytes of a request's and a candidate's [L, h]
+TILES = [1 << 20, 2 * C * PAIR, PAIR]  # all at once; two requests, so that B = 3 is ragged; a pair
 
 
 @pytest.mark.parametrize("length", [L, D - 1])  # the two ways to the first layer
@@ -103,21 +109,70 @@ def test_a_batch_without_valid_pairs_leaves_the_statistics():
     assert np.isfinite(out).all() and (np.asarray(out) == 0).all()
 
 
+def gradients(tile_bytes):
+    unit, variables, query, keys = case("dice", tile_bytes=tile_bytes)
+
+    def loss(params, query, keys):
+        out, state = unit.apply(
+            {**variables, "params": params}, query, keys, MASK, PAIRS, train=True,
+            mutable=["batch_stats"],
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(out)), state
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(
+        variables["params"], query, keys
+    )
+
+
+def test_gradients_are_those_of_finite_differences():
+    unit, variables, query, keys = case("dice", tile_bytes=2 * C * PAIR)
+    rng = np.random.default_rng(1)
+    (of_params, of_query, of_keys), _ = gradients(2 * C * PAIR)
+    found, moved = 0.0, []
+    direction = jax.tree.map(lambda x: rng.normal(size=x.shape), (variables["params"], query, keys))
+    for x, y in zip(jax.tree.leaves((of_params, of_query, of_keys)), jax.tree.leaves(direction),
+                    strict=True):  # fmt: skip
+        found += float((np.asarray(x, np.float64) * y).sum())
+    for step in (1e-6, -1e-6):
+        at = jax.tree.map(lambda x, y: np.float64(x) + step * y,  # noqa: B023
+                          (variables["params"], query, keys), direction)  # fmt: skip
+        out, _ = reference({**variables, "params": at[0]}, *at[1:], MASK, "dice", PAIRS)
+        moved.append(np.sin(out).sum())
+    assert found == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=2e-3)
+
+
 def test_gradients_do_not_depend_on_the_tiles():
-    grads = []
-    for tile_bytes in TILES:
-        unit, variables, query, keys = case("dice", tile_bytes=tile_bytes)
-
-        def loss(params, query, keys, unit=unit, variables=variables):
-            variables = {**variables, "params": params}
-            out, _ = unit.apply(
-                variables, query, keys, MASK, PAIRS, train=True, mutable=["batch_stats"]
-            )
-            return jnp.sum(jnp.sin(out))
-
-        grads.append(jax.grad(loss, argnums=(0, 1, 2))(variables["params"], query, keys))
+    whole = gradients(TILES[0])
     # Gradients are sums of terms of about 30 that partly cancel.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=5e-5), *grads)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=5e-5)
+    for tile_bytes in TILES[1:]:
+        jax.tree.map(close, gradients(tile_bytes), whole)
+
+
+def test_on_a_mesh_dice_takes_the_moments_of_all_devices():
+    rng = np.random.default_rng(2)
+    query, keys = (rng.normal(size=s).astype(np.float32) for s in ((8, C, D), (8, L, D)))
+    mask, pairs = rng.random((8, L)) < 0.6, rng.random((8, C)) < 0.7
+    unit = DINAttention((6,), tile_bytes=C * PAIR)
+    variables = unit.init(jax.random.key(0), query, keys, mask, pairs, train=False)
+
+    def both(variables, *arguments):
+        def loss(params, query, keys):
+            out, state = unit.apply(
+                {**variables, "params": params}, query, keys, *arguments[2:], train=True,
+                mutable=["batch_stats"],
+            )  # fmt: skip
+            return jnp.sum(jnp.sin(out)), (out, state)
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(variables["params"], *arguments[:2])
+
+    expected = jax.jit(both)(variables, query, keys, mask, pairs)
+    mesh = jax.make_mesh((4, 2), ("data", "table"), (AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh), dispatch.scope("auto", ("data",)):
+        by_data = jax.device_put((query, keys, mask, pairs), NamedSharding(mesh, P("data")))
+        got = jax.jit(both)(jax.device_put(variables, NamedSharding(mesh, P())), *by_data)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, got, expected)
 
 
 @pytest.mark.parametrize("activation", ["dice", "relu"])

@@ -16,13 +16,14 @@ from tests.kernels.cases import QUICK, sizes
 from tests.lrea_jax import reference
 
 # (B, C, K, d, h, tile bytes in float32 numbers): one tile; ragged tiles of rows; of candidates too;
-# tiles rounded up to 16; a single row.
+# tiles rounded up to 16; a single row; groups of requests, the last one filled up.
 SHAPES = [
     (2, 3, 7, 4, 5, 10**6),
     (2, 3, 7, 4, 5, 2 * 3 * 5 * 3),
     (1, 11, 7, 3, 6, 4),
     (1, 40, 50, 2, 3, 1000),
     (2, 1, 1, 2, 3, 1),
+    (7, 2, 5, 4, 5, 3 * 2 * 5 * 5),
 ]
 
 
@@ -67,14 +68,15 @@ def test_equals_the_loops_whatever_the_tiles(form, tiling):
 
 @pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_equal_finite_differences_in_float64(form, tiling):
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[-1]])
+def test_gradients_equal_finite_differences_in_float64(shape, form, tiling):
     with jax.enable_x64(True):
-        arguments = draw(SHAPES[1], np.float64)
-        direction = draw(SHAPES[1], np.float64, seed=1)
+        arguments = draw(shape, np.float64)
+        direction = draw(shape, np.float64, seed=1)
         weigh = np.random.default_rng(2).normal(size=arguments[0].shape)
 
         def total(arguments):
-            size = 8 * SHAPES[1][-1]
+            size = 8 * shape[-1]
             out = absorbed_target_attention(*arguments, form=form, tiling=tiling, tile_bytes=size)
             return jnp.sum(out * weigh)
 

@@ -135,6 +135,24 @@ def test_values_and_gradients_are_those_of_one_device(name, kernel, data, table)
     assert size <= 4 * weights + 64 < 2 * history and bool(size) == (data > 1)
 
 
+def test_xla_takes_few_requests_at_a_time_on_every_device():
+    op, floats, weights, _ = CASES["absorbed"]
+    mesh = mesh_of(4, 2)
+    with jax.set_mesh(mesh), dispatch.scope("auto", ("data",)):
+        arguments = (
+            jax.device_put(floats, NamedSharding(mesh, P("data"))),
+            jax.device_put(weights, NamedSharding(mesh, P())),
+        )
+        run = functools.partial(both, op, integers={}, tile_bytes=C * 6 * 4 * 20)  # half of a row
+        compiled = jax.jit(run, compiler_options=cases.QUICK).lower(*arguments).compile()
+        got = compiled(*arguments)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected("absorbed")), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * np.abs(y).max())
+    sent = hlo.traffic(compiled.as_text(), mesh.size)
+    size = sum(x.size * 4 for x in jax.tree.leaves(weights))
+    assert sent.keys() == {"all-reduce"} and sent["all-reduce"][1] <= 4 * size
+
+
 def auto_mesh(**axes):
     device = jax.sharding.AbstractDevice(device_kind="TPU", num_cores=None, platform="tpu")
     kinds = tuple(AxisType.Explicit if a == "explicit" else AxisType.Auto for a in axes)

@@ -1,0 +1,89 @@
+"""A function of requests, a few of them at a time, made anew in the backward pass.
+
+Requests do not see each other, so what a few need fits a cache, and memory does not grow with the
+batch. On a mesh every device goes through its own requests, and the gradients of what all requests
+share are summed over the devices once, not for every tile (kernels/meshes.py).
+
+Axis letter: B requests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels import dispatch, meshes
+from kernels.request_groups import cut, size_of_groups, whole
+
+
+def in_tiles(
+    function: Callable[[Any, Any, Any], Any], requests: Any, fixed: Any, shared: Any, most: int
+) -> Any:
+    """`function(requests, fixed, shared)`, at most `most` requests at a time.
+
+    Args:
+      function: closes over no arrays; (requests [b, ...], fixed [b, ...], shared) -> [b, ...] for
+        any b. A request of zeros, with zeros in `fixed`, has to be harmless: groups are filled up.
+      requests: a tree of [B, ...], which gradients go to.
+      fixed: a tree of [B, ...] without gradients, such as masks.
+      shared: a tree with gradients that is the same for all requests, such as weights.
+    Returns:
+      A tree of [B, ...].
+    """
+    b = len(jax.tree.leaves(requests)[0])
+    if most >= b or not dispatch.requests_are_local(b):
+        return function(requests, fixed, shared)
+    how = _How(function, dispatch.request_axes(), max(1, most))
+    return _tiled(how, requests, fixed, shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    function: Callable
+    axes: tuple[str, ...]
+    most: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(how, requests, fixed, shared):
+    def forward(inputs, shared):
+        requests, fixed = inputs
+        b = len(jax.tree.leaves(requests)[0])
+        groups = cut((requests, fixed), size_of_groups(b, how.most))
+        out = jax.lax.map(lambda x: how.function(*x, shared), groups)
+        return whole(out, b), ()
+
+    return meshes.over_requests(how.axes, forward, (requests, fixed), shared)[0]
+
+
+def _tiled_forward(how, *arguments):
+    return _tiled(how, *arguments), arguments
+
+
+def _tiled_backward(how, arguments, dout):
+    def backward(inputs, shared):
+        requests, fixed, dout = inputs
+        b = len(jax.tree.leaves(requests)[0])
+
+        def step(dshared, tile):
+            requests, fixed, dout = tile
+            back = jax.vjp(lambda x, y: how.function(x, fixed, y), requests, shared)[1]
+            drequests, dshared_here = back(dout)
+            return jax.tree.map(jnp.add, dshared, dshared_here), drequests
+
+        start = jax.tree.map(jnp.zeros_like, shared)
+        groups = cut((requests, fixed, dout), size_of_groups(b, how.most))
+        dshared, drequests = jax.lax.scan(step, start, groups)
+        return whole(drequests, b), dshared
+
+    requests, fixed, shared = arguments
+    drequests, dshared = meshes.over_requests(how.axes, backward, (requests, fixed, dout), shared)
+    return drequests, jax.tree.map(lambda x: None, fixed), dshared
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)

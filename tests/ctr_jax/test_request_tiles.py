@@ -1,0 +1,111 @@
+"""Functions of requests in tiles: values and gradients of the function itself, on one device and on
+meshes; sizes of groups."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ctr_jax import hlo
+from ctr_jax.request_tiles import in_tiles
+from kernels import dispatch
+from kernels.request_groups import cut, size_of_groups, whole
+
+B, L, D, H = 8, 5, 3, 4
+
+
+def function(requests, fixed, shared):
+    """Some behaviours of a request, through weights, in two results."""
+    kernel, bias = shared
+    x = jnp.where(fixed["mask"][..., None], jnp.tanh(requests["rows"] @ kernel + bias), 0)
+    return {"sum": x.sum(1) * requests["scale"][:, None], "all": x}
+
+
+def draw(b=B):
+    rng = np.random.default_rng(0)
+    normal = lambda *s: rng.normal(size=s).astype(np.float32)  # noqa: E731
+    requests = {"rows": normal(b, L, D), "scale": normal(b)}
+    return requests, {"mask": rng.random((b, L)) < 0.7}, (normal(D, H), normal(H))
+
+
+def in_float64(requests, fixed, shared):
+    """Values, and gradients of `total`, by hand."""
+    rows, scale = (np.float64(requests[k]) for k in ("rows", "scale"))
+    kernel, bias = (np.float64(x) for x in shared)
+    mask = fixed["mask"][..., None]
+    y = np.tanh(rows @ kernel + bias)
+    x = np.where(mask, y, 0)
+    weights = np.cos(np.arange(x.size)).reshape(x.shape)
+    dx = weights + scale[:, None, None]
+    dy = np.where(mask, dx * (1 - y * y), 0)
+    return (
+        {"sum": x.sum(1) * scale[:, None], "all": x},
+        {"rows": dy @ kernel.T, "scale": x.sum((1, 2))},
+        (np.einsum("bld,blh->dh", rows, dy), dy.sum((0, 1))),
+    )
+
+
+def both(most, requests, fixed, shared):
+    def total(requests, shared):
+        out = in_tiles(function, requests, fixed, shared, most)
+        weights = jnp.cos(jnp.arange(out["all"].size)).reshape(out["all"].shape)
+        return (out["all"] * weights).sum() + out["sum"].sum(), out
+
+    gradients, out = jax.grad(total, (0, 1), has_aux=True)(requests, shared)
+    return out, *gradients
+
+
+def check(got, arguments):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(in_float64(*arguments)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("b, most", [(8, 8), (8, 3), (7, 3), (5, 1), (1, 4)])
+def test_values_and_gradients_are_those_of_the_function(b, most):
+    arguments = draw(b)
+    check(jax.jit(functools.partial(both, most))(*arguments), arguments)
+
+
+@pytest.mark.parametrize("data, table", [(4, 2), (8, 1), (1, 8)])
+def test_on_a_mesh_only_gradients_of_what_is_shared_are_sent_once(data, table):
+    arguments = draw()
+    mesh = jax.make_mesh((data, table), ("data", "table"), (AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh), dispatch.scope("auto", ("data",)):
+        placed = tuple(
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(arguments, (P("data"), P("data"), P()), strict=True)
+        )
+        compiled = jax.jit(functools.partial(both, 1)).lower(*placed).compile()
+        check(compiled(*placed), arguments)
+    sent = hlo.traffic(compiled.as_text(), mesh.size)
+    assert sent.keys() <= {"all-reduce"}
+    assert sent["all-reduce"][0] <= 2  # not once for every tile
+    assert bool(sent["all-reduce"][1]) == (data > 1)
+
+
+def test_requests_that_xla_has_to_partition_stay_together():
+    arguments = draw()
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    with jax.set_mesh(mesh):  # no scope: nothing says which axis holds the requests
+        placed = jax.device_put(arguments[0], NamedSharding(mesh, P("data")))
+        text = str(jax.make_jaxpr(functools.partial(both, 1))(placed, *arguments[1:]))
+        assert "scan" not in text
+        check(jax.jit(functools.partial(both, 1))(placed, *arguments[1:]), arguments)
+
+
+@settings(deadline=None)  # the first draws compile
+@given(b=st.integers(1, 3000), most=st.integers(-3, 3000))
+def test_groups_are_of_one_size_and_lose_nothing(b, most):
+    size = size_of_groups(b, most)
+    assert 1 <= size <= max(1, most)
+    groups = -(-b // size)
+    assert groups * size - b < groups  # fewer zeros than groups
+    x = np.arange(b)
+    assert cut({"x": x}, size)["x"].shape == (groups, size)
+    np.testing.assert_array_equal(whole(cut({"x": x}, size), b)["x"], x)
