@@ -70,6 +70,8 @@ class Transformer(nn.Module):
     length: int = 1000
     tile_bytes: int = 0
 
+    takes_tiles = True
+
     @nn.compact
     def __call__(self, tokens: Tokens, train: bool) -> jax.Array:
         """Tokens -> [B, C, d].

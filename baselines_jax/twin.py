@@ -63,6 +63,8 @@ class TWIN(nn.Module):
     top_k: int = 100
     tile_bytes: int = 0
 
+    takes_tiles = True
+
     @nn.compact
     def __call__(self, tokens: Tokens, train: bool) -> jax.Array:
         """Tokens -> [B, C, d]."""

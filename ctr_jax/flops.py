@@ -83,7 +83,11 @@ def _bodies(value):
 
 
 def _join(scope: str, stack: str) -> str:
-    """Module names only: transformations ("jvp(x)"), einsum's formulas and methods ("a.history")
-    name no component."""
-    parts = [p.split(".")[0] for p in stack.split("/") if p and "(" not in p and "->" not in p]
-    return "/".join(([scope] if scope else []) + parts)
+    """Module names only: transformations ("jvp(x)"), einsum's formulas and methods ("a.history", or
+    a module's call of its own) name no component."""
+    parts = scope.split("/") if scope else []
+    for part in stack.split("/"):
+        name, *method = part.split(".")
+        if name and "(" not in part and "->" not in part and not (method and [name] == parts[-1:]):
+            parts.append(name)
+    return "/".join(parts)

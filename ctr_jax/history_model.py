@@ -5,6 +5,9 @@ The baselines of LASER's table and LASER itself are this frame with another `int
 
     __call__(tokens: Tokens, train: bool) -> [B, C, k]
 
+One that neither keeps state nor draws random numbers, and whose requests do not see each other,
+may say `takes_tiles = True`.
+
 `short_length` most recent behaviours also go through a DIN unit of their own, in every model alike:
 LASER's Base is a model of length 100 to which a long sequence is added (laser.md; how Base reads
 its 100 is not published, so that is decided here). 0 leaves it out.
@@ -14,6 +17,7 @@ Axis letters: B requests, C candidates, L history, d model width.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +31,12 @@ from ctr_jax.din_attention import DINAttention
 from ctr_jax.features import Column, DataSpec, default_columns, require
 from ctr_jax.head import MLPHead
 from ctr_jax.layers import token_dot_general
+from ctr_jax.request_tiles import in_tiles
 from ctr_jax.tokens import BehaviourToken
+from kernels import dispatch
+
+# Tokens of the requests that go through an interest at a time. Elsewhere: all requests.
+TILE_BYTES = {"cpu": 1 << 20}
 
 
 def default_config(module: str) -> ConfigDict:
@@ -109,13 +118,30 @@ class HistoryModel(nn.Module):
                 short = DINAttention(name="short")
                 parts.append(short(query, recent, seen, batch.candidate_mask, train))
             if self.interest is not None:
-                interest = self.interest(Tokens(query, behaviours, profile, batch), train)
+                interest = self._interest(Tokens(query, behaviours, profile, batch), train)
                 parts.append(interest)
 
         # ---- prediction ----
         head = MLPHead(config.head_hidden, base_rate=config.base_rate, name="head")
         logits = head(jnp.concatenate(parts, -1))
         return logits, {"losses": {}, "interest": interest}
+
+    def _interest(self, tokens: Tokens, train: bool) -> jax.Array:
+        """The interest [B, C, d]; on a CPU of a few requests at a time, in its caches."""
+        size, length, _ = tokens.batch.shape
+        row = tokens.behaviours.shape[-1] * tokens.behaviours.dtype.itemsize
+        most = TILE_BYTES.get(dispatch.platform(), size * length * row) // (length * row)
+        tiled = max(1, most) < size and getattr(self.interest, "takes_tiles", False)
+        if not tiled or self.is_initializing():
+            return self.interest(tokens, train)
+        run = functools.partial(_of_requests, self.interest.clone(parent=None), train)
+        requests = (tokens.candidates, tokens.behaviours, tokens.profile)
+        params = self.variables["params"][self.interest.name]
+        return in_tiles(run, requests, tokens.batch, params, most)
+
+
+def _of_requests(interest, train, requests, batch, params):
+    return interest.apply({"params": params}, Tokens(*requests, batch), train)
 
 
 def build(

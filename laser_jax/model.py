@@ -89,6 +89,8 @@ class LASER(nn.Module):
 
     config: ConfigDict
 
+    takes_tiles = True
+
     @nn.compact
     def __call__(self, tokens: Tokens, train: bool) -> jax.Array:
         """Tokens -> [B, C, d]."""

@@ -1,10 +1,17 @@
 """The frame of the baselines: what changes nothing, and what it does without a history."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
+import laser_jax.model
 from baselines_jax import base, din, hstu, transformer, twin
+from ctr_jax import history_model
+from kernels import dispatch
 from tests.lrea_jax.cases import QUICK, SPEC, batch_of, changed
 
 MODULES = dict(base=base, din=din, hstu=hstu, transformer=transformer, twin=twin)
@@ -69,3 +76,41 @@ def test_an_unknown_activation_is_refused():
     config.activation = "swish"
     with pytest.raises(ValueError, match="activation"):
         din.build(config, SPEC)
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("laser", "transformer")]
+
+
+@pytest.mark.parametrize("name", ["hstu", "twin", *SLOW])
+def test_few_requests_at_a_time_give_the_same_values_and_gradients(name, monkeypatch):
+    module = laser_jax.model if name == "laser" else MODULES[name]
+    config = module.default_config()
+    config.update(embedding_width=3, width=8, head_hidden=(6,))
+    config.update({"laser": dict(segment=3, recent=1, fusion_tokens=8)}.get(name, {}))
+    config.update(CHANGED.get(name, {}))
+    model, columns = module.build(config, SPEC)
+    embedded = batch_of(columns, lengths=(12, 0, 7, 2, 11, 5))
+    variables = model.init(jax.random.key(1), embedded, False)
+
+    def run():
+        def both(params, vectors):
+            def loss(params, vectors):
+                logits = model.apply(params, embedded.replace(vectors=vectors), True)[0]
+                return jnp.sum(jnp.sin(3 * logits)), logits
+
+            return jax.grad(loss, (0, 1), has_aux=True)(params, vectors)
+
+        lowered = jax.jit(both).lower(variables, embedded.vectors)
+        found = lowered.compile(compiler_options=QUICK)(variables, embedded.vectors)
+        return found, lowered.as_text().count("stablehlo.while")
+
+    expected, loops = run()
+    row = embedded.batch.shape[1] * 8 * 4
+    monkeypatch.setattr(history_model, "TILE_BYTES", {"cpu": 2 * row})
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    for data in (1, 2):
+        mesh = jax.make_mesh((data, 2), ("data", "table"), (AxisType.Auto,) * 2)
+        with jax.set_mesh(mesh), dispatch.scope("auto", ("data",)):
+            got, tiled_loops = run()
+        assert tiled_loops >= loops + 2  # forward and backward
+        jax.tree.map(close, got, expected)
