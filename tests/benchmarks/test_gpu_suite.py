@@ -176,7 +176,8 @@ def test_the_small_suite_runs_everything_on_a_cpu(tmp_path, capsys):
     assert "cuDNN" in rows["jax.nn cudnn, same bias"]["error"]
     assert all(rows[f"{name}, same bias"]["ms"] > 0 for name in ("jax.nn xla", "tiled"))
     printed = capsys.readouterr().out
-    assert "goal 10.0" in printed and "goal 0.6" in printed and "not a device" in printed
+    # What the op waits for, and so whether the goal against a copy is its, is this CPU's to say.
+    assert all(x in printed for x in ("goal 10.0", "waits for", "not a device"))
 
 
 def test_on_a_cpu_it_measures_nothing(tmp_path):
