@@ -76,13 +76,17 @@ def _tiled_backward(how, arguments, dout):
             drequests, dshared_here = back(dout)
             return jax.tree.map(jnp.add, dshared, dshared_here), drequests
 
-        start = jax.tree.map(jnp.zeros_like, shared)
+        # Sums over many tiles: in float32 at least, whatever the weights were rounded to.
+        start = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shared
+        )
         groups = cut((requests, fixed, dout), size_of_groups(b, how.most))
         dshared, drequests = jax.lax.scan(step, start, groups)
         return whole(drequests, b), dshared
 
     requests, fixed, shared = arguments
     drequests, dshared = meshes.over_requests(how.axes, backward, (requests, fixed, dout), shared)
+    dshared = jax.tree.map(lambda x, g: g.astype(x.dtype), shared, dshared)
     return drequests, jax.tree.map(lambda x: None, fixed), dshared
 
 

@@ -72,6 +72,18 @@ def test_values_and_gradients_are_those_of_the_function(b, most):
     check(jax.jit(functools.partial(both, most))(*arguments), arguments)
 
 
+def test_gradients_of_rounded_weights_are_summed_in_float32():
+    requests, fixed, shared = draw(300)
+    shared = jax.tree.map(lambda x: x.astype(jnp.bfloat16), shared)
+    got = jax.jit(functools.partial(both, 1))(requests, fixed, shared)[2]
+    exact = in_float64(requests, fixed, jax.tree.map(lambda x: np.asarray(x, np.float32), shared))
+    for x, y in zip(got, exact[2], strict=True):
+        assert x.dtype == jnp.bfloat16
+        # Parts are rounded to 8 bits, one by one; sums in bfloat16 would be off by several percent.
+        error = np.abs(np.asarray(x, np.float64) - y).max() / np.abs(y).max()
+        assert error < 0.01, error
+
+
 @pytest.mark.parametrize("data, table", [(4, 2), (8, 1), (1, 8)])
 def test_on_a_mesh_only_gradients_of_what_is_shared_are_sent_once(data, table):
     arguments = draw()
