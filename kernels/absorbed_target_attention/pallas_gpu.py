@@ -25,8 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 from kernels.absorbed_target_attention.blocks import Blocks
 from kernels.absorbed_target_attention.reference import Weights, leaky_relu
 from kernels.absorbed_target_attention.unit import Shape, derivative
-from kernels.products import dot
-from kernels.triton import load, power, store
+from kernels.triton import dot, load, power, store
 
 UNITS = 4  # of one walk over the rows
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from kernels.evo_attention.slots import CLOCK, FLAG, POSITION
 from kernels.evo_attention.tiles import EMPTY, HIDDEN
-from kernels.products import dot
+from kernels.triton import dot
 
 DOT = 16  # the shortest side of a product that Triton takes
 

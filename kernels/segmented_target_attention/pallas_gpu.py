@@ -21,9 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels.products import dot
 from kernels.segmented_target_attention.blocks import Static
-from kernels.triton import load, power, store
+from kernels.triton import dot, load, power, store
 
 MOST_SOFTMAX_ROWS = 128  # of a segment, which has to fit shared memory: an H200 has none for 256
 HIDDEN = -1e30  # a logit that is not visible
