@@ -1,11 +1,13 @@
 """EvoAttention on a GPU through Pallas's Triton lowering: a program is a tile of queries of one
-request, all heads and branches.
+request, all heads.
 
 Grids and the custom VJP; what a program does is in pallas_gpu_kernels.py. Arrays keep the layout of
 the model, [B, n, H, K]: a program reads a head's rows of its tile. Nothing is added to by two
-programs: the slots' and the slopes' gradients are partial sums per tile, which XLA adds up, and a
-tile makes the gradients of its own band keys from the queries that see them. The backward pass
-saves the branches' log-normalisers, and the local output for its product with the cotangent.
+programs: the gradients of slots, user key and slopes are partial sums per tile, which XLA adds up,
+and a tile makes the gradients of its own band keys from the queries that see them. The backward
+pass is two kernels: the band wants tiles of few rows, since its products grow with their square;
+the slots want long ones, since each tile leaves S rows of partial sums. It saves the branches'
+log-normalisers, and the local output for its product with the cotangent.
 
 Axis letters: B requests, n queries, T of a tile, S slots, H heads, K width, w, R parts of the bias.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +24,32 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels.dispatch import block_sizes, device_kind
-from kernels.evo_attention.pallas_gpu_kernels import DOT, backward_kernel, forward_kernel
+from kernels.dispatch import device_kind
+from kernels.evo_attention.pallas_gpu_kernels import band_kernel, forward_kernel, slots_kernel
 from kernels.evo_attention.slots import Slots, behaviour_problem, candidate_problem
 from kernels.evo_attention.tiles import SAVED
 from kernels.meshes import over_requests
+from kernels.triton import LEAST, power
 
-BLOCKS: dict[tuple[str, str, int], int] = {}  # nothing was measured: the default fits registers
-QUERY_ELEMENTS = 2_048  # of a head's [T, K] and
-LOGIT_ELEMENTS = 4_096  # of [T, S]: about a dozen of each are alive, over 128 threads
+
+class Program(NamedTuple):
+    """Queries of its tile, and warps."""
+
+    tile: int
+    warps: int
+
+
+# By device kind and dtype. The forward pass and the band's backward pass; that over slots.
+PROGRAMS: dict[tuple[str, str], dict[str, Program]] = {}
+DEFAULT = {"forward": Program(16, 2), "band": Program(16, 2), "slots": Program(64, 4)}
+LOGIT_ELEMENTS = 4_096  # of [T, S] of the slots: a dozen such are alive
+MOST_KEYS = 256  # of a tile in the band: beyond, their terms fill no register file
 
 
 def behaviour_branches(spec, q, prefixes, band, slopes, times, mask):
     """As api.behaviour_branches; one [B, L, H, K] per prefix, then one for the band if given."""
     plan, slots, integers = behaviour_problem(
-        spec, q, prefixes, band, times, mask, _group_size, user_size=1
+        spec, q, prefixes, band, times, mask, power, user_size=1
     )
     k, v = (None, None) if band is None else (band.k, band.v)
     return _branches(plan, q, slots, k, v, slopes, integers)
@@ -43,38 +57,30 @@ def behaviour_branches(spec, q, prefixes, band, slopes, times, mask):
 
 def candidate_branches(spec, q, prefixes, recent, slopes, request_time):
     """As api.candidate_branches: the same kernel without a band."""
-    plan, slots, integers = candidate_problem(spec, q, prefixes, recent, request_time, _group_size)
+    plan, slots, integers = candidate_problem(spec, q, prefixes, recent, request_time, power)
     return _branches(plan, q, slots, None, None, slopes, integers)
 
 
 def refusal(q, local: bool, window: int, block: int) -> str | None:
     """Why these arguments cannot run; None if they can."""
-    width = q.shape[-1]
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16, not {q.dtype}"
-    if width >= DOT and _power(width) != width:
-        return f"from {DOT} on a head's width must be a power of two, got {width}"
-    if block and (_power(block) != block or block < DOT):
-        return f"block must be a power of two, at least {DOT}, got {block}"
+    if block and power(block) != block:
+        return f"block must be a power of two, at least {LEAST}, got {block}"
+    if local and window + (block or LEAST) > MOST_KEYS:
+        return f"its tiles of {block or LEAST} queries hold no window of {window}"
     return None
 
 
-def _power(x: int) -> int:
-    """The power of two from x on."""
-    return 1 << max(x - 1, 0).bit_length()
-
-
-def _group_size(slots: int) -> int:
-    return max(_power(slots), DOT)
-
-
-def _width(plan, q) -> int:
-    """Queries of a tile."""
-    _, n, _, head_width = q.shape
-    slots = sum(b - a for a, b in plan.groups)
-    fits = min(QUERY_ELEMENTS // head_width, LOGIT_ELEMENTS // slots, 64, _power(n))
-    default = max(_power(fits + 1) // 2, DOT)
-    return plan.block or block_sizes(BLOCKS, device_kind(), q.dtype, n, default)
+def _program(plan, q, name: str) -> Program:
+    """Of one of the three kernels."""
+    measured = PROGRAMS.get((device_kind(), q.dtype.name), DEFAULT)
+    tile, warps = measured[name]
+    if name == "slots":
+        slots = sum(b - a for a, b in plan.groups)
+        while tile > LEAST and (tile * slots > LOGIT_ELEMENTS or tile // 2 >= q.shape[1]):
+            tile, warps = tile // 2, max(warps // 2, 1)
+    return Program(plan.block or tile, warps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -85,30 +91,34 @@ def _branches(plan, q, slots, k, v, slopes, integers):
 def _of_request(x):
     """All of a request's x."""
     rest = (0,) * (x.ndim - 1)
-    return pl.BlockSpec((None, *x.shape[1:]), lambda b, i: (b, *rest))
+    return pl.BlockSpec((None, *x.shape[1:]), lambda i, b: (b, *rest))
 
 
 def _of_tile(x):
     """A tile's part of x [B, tiles, ...]."""
     rest = (0,) * (x.ndim - 2)
-    return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, i: (b, i, *rest))
+    return pl.BlockSpec((None, None, *x.shape[2:]), lambda i, b: (b, i, *rest))
 
 
-def _call(plan, kernel, grid, operands, shared, outputs, tile_outputs, name):
+def _call(plan, kernel, name, operands, shared, outputs, tile_outputs):
     """pallas_call on operands [B, ...] and `shared`; outputs [B, ...], then [B, tiles, ...]."""
-    whole = [pl.BlockSpec(x.shape, lambda b, i, n=x.ndim: (0,) * n) for x in shared]
+    batch, n = operands[0].shape[:2]
+    tile, warps = _program(plan, operands[0], name)
+    tiles = -(-n // tile)
+    tile_outputs = [jax.ShapeDtypeStruct((batch, tiles, *x), jnp.float32) for x in tile_outputs]
+    whole = [pl.BlockSpec(x.shape, lambda i, b, n=x.ndim: (0,) * n) for x in shared]
     # Deprecated from jax 0.11 on. It is lowering that warns, after this function is done: a filter
     # that ends here would not hold.
     warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
     return pl.pallas_call(
-        kernel,
-        grid=grid,
+        functools.partial(kernel, plan, tile),
+        grid=(tiles, batch),  # the first goes fastest: tiles of a request meet in the cache
         in_specs=[_of_request(x) for x in operands] + whole,
         out_specs=[_of_request(x) for x in outputs] + [_of_tile(x) for x in tile_outputs],
         out_shape=[*outputs, *tile_outputs],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=plan.interpret,
-        name=name,
+        name=f"evo_attention_{name}",
     )(*operands, *shared)
 
 
@@ -125,21 +135,18 @@ def _forward(plan, requests, slopes):
     """((branches' outputs, log_total), ()) of a device's requests."""
     q, slots, k, v, integers = requests
     batch, n, heads, _ = q.shape
-    width, branches = _width(plan, q), len(plan.groups)
-    tiles = -(-n // width)
-    padded = jax.ShapeDtypeStruct((batch, tiles * width, *q.shape[2:]), q.dtype)
+    branches = len(plan.groups)
     *out, log_total = _call(
         plan,
-        functools.partial(forward_kernel, plan, width),
-        (batch, tiles),
+        forward_kernel,
+        "forward",
         [q, integers, *slots] + ([k, v] if plan.has_band else []),
         [slopes.astype(jnp.float32)],
-        [padded] * branches
-        + [jax.ShapeDtypeStruct((batch, branches, heads, tiles * width), jnp.float32)],
+        [jax.ShapeDtypeStruct(q.shape, q.dtype)] * branches
+        + [jax.ShapeDtypeStruct((batch, branches, heads, n), jnp.float32)],
         [],
-        "evo_attention_forward",
     )
-    return (tuple(o[:, :n] for o in out), log_total), ()
+    return (tuple(out), log_total), ()
 
 
 def _backward_rule(plan, residuals, d_out):
@@ -153,33 +160,39 @@ def _backward_rule(plan, residuals, d_out):
 def _backward(plan, requests, slopes):
     """((dq, d_slots, dk, dv), d_slopes) of a device's requests."""
     q, slots, k, v, integers, log_total, local, d_out = requests
-    batch, n, heads, _ = q.shape
-    width, parts = _width(plan, q), max(len(plan.rel.parts), 1)
-    tiles = -(-n // width)
-    operands = [q, integers, *slots, log_total, *d_out]
-    padded = jax.ShapeDtypeStruct((batch, tiles * width, *q.shape[2:]), q.dtype)
-    partial = jax.ShapeDtypeStruct((batch, tiles, *slots.k.shape[1:]), jnp.float32)
+    shared, like_q = [slopes.astype(jnp.float32)], jax.ShapeDtypeStruct(q.shape, q.dtype)
+    head, of_slopes = q.shape[2:], (max(len(plan.rel.parts), 1), q.shape[2])
+    band, dk, dv, of_band = [], None, None, 0.0
     if plan.has_band:
         product = jnp.einsum("bnhk,bnhk->bhn", d_out[-1], local, preferred_element_type=jnp.float32)
-        operands += [k, v, product]
-    outputs = _call(
+        dq, dk, dv, *of_user, of_band = _call(
+            plan,
+            band_kernel,
+            "band",
+            [q, integers, *slots, k, v, log_total, d_out[-1], product],
+            shared,
+            [like_q] * 3,
+            [head, head, of_slopes],
+        )
+        band, d_out, of_band = [dq], d_out[:-1], of_band.sum((0, 1))
+    dq, *of_slots, d_slopes = _call(
         plan,
-        functools.partial(backward_kernel, plan, width),
-        (batch, tiles),
-        operands,
-        [slopes.astype(jnp.float32)],
-        [padded] * (3 if plan.has_band else 1),
-        [partial, partial, jax.ShapeDtypeStruct((batch, tiles, parts, heads), jnp.float32)],
-        "evo_attention_backward",
+        slots_kernel,
+        "slots",
+        [q, integers, *slots, log_total, *d_out, *band],
+        shared,
+        [like_q],
+        [slots.k.shape[1:], slots.v.shape[1:], of_slopes],
     )
-    *per_query, d_slot_k, d_slot_v, d_slopes = outputs
-    dq, dk, dv = [*(x[:, :n] for x in per_query), None, None][:3]
-    d_slots = Slots(
-        d_slot_k.sum(1).astype(slots.k.dtype), d_slot_v.sum(1).astype(slots.v.dtype), None
-    )
+    d_slopes = d_slopes.sum((0, 1)) + of_band
+    of_slots = [x.sum(1) for x in of_slots]
+    if plan.has_band:
+        user = plan.groups[-1][0]
+        of_slots = [x.at[:, user].set(y.sum(1)) for x, y in zip(of_slots, of_user, strict=True)]
+    d_slots = Slots(*(x.astype(q.dtype) for x in of_slots), None)
     gradient = jnp.zeros_like(slopes)
     for i, part in enumerate(plan.rel.parts):
-        gradient = gradient.at[part].set(-d_slopes[:, :, i].sum((0, 1)).astype(slopes.dtype))
+        gradient = gradient.at[part].set(-d_slopes[i].astype(slopes.dtype))
     return (dq, d_slots, dk, dv), gradient
 
 

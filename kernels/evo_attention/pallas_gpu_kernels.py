@@ -1,309 +1,285 @@
-"""What one program of pallas_gpu.py does: a tile of T queries of one request.
+"""What one program of pallas_gpu.py does: a tile of T queries of one request, or of T keys.
 
-RelTemporal's terms of the slots, [T, S], are made once and stay in registers while the heads are
-walked over. A head's rows are one matrix [T, K], or for widths below what the matrix unit takes K
-vectors [T]: `Rows`. The band is w rows per query, read again for every shift: they lie in cache.
+Every branch is a matrix of logits, the band's too: of a tile's T queries and the T + w - 1 rows
+that some of them see. That is T times the products that the band needs, and they cost the matrix
+units less than w passes over rows cost the others. RelTemporal's terms of a branch, [T, S], are
+made once and stay on chip while the heads are walked over, a branch after the other.
 
-Axis letters: T queries of a tile, S slots, H heads, K head width, w, R parts of the bias.
+Axis letters: T queries or keys of a tile, S keys or queries that it meets, H heads, K head width,
+w, R parts of the bias.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from kernels.evo_attention.slots import CLOCK, FLAG, POSITION
 from kernels.evo_attention.tiles import EMPTY, HIDDEN
-from kernels.triton import dot
-
-DOT = 16  # the shortest side of a product that Triton takes
-
-Rows = jax.Array | list[jax.Array]  # [T, K], or its K columns
+from kernels.triton import dot, load, power, store
 
 
-def _load(ref, rows, head) -> Rows:
-    """Rows (an index array or a slice) of one head of [n, H, K]."""
-    if ref.shape[-1] >= DOT:
-        return ref[rows, head, :]
-    return [ref[rows, head, i] for i in range(ref.shape[-1])]
+def _head(ref, rows, exists, head):
+    """Rows of one head of [n, H, K]: [rows, padded K], and which of it exists."""
+    columns = jnp.arange(power(ref.shape[-1]))[None]
+    return ref.at[rows[:, None], head, columns], exists[:, None] & (columns < ref.shape[-1])
 
 
-def _store(ref, rows, head, x: Rows) -> None:
-    x = _map(lambda a: a.astype(ref.dtype), x)
-    if ref.shape[-1] >= DOT:
-        ref[rows, head, :] = x
-    else:
-        for i, column in enumerate(x):
-            ref[rows, head, i] = column
+def _numbers(ref, *index, exists, other=0):
+    """A vector of the ref; `other` where nothing exists."""
+    return plgpu.load(ref.at[index], mask=exists, other=other)
 
 
-def _map(function, *rows: Rows) -> Rows:
-    return jax.tree.map(function, *rows)
+def _scaled(q, scale):
+    return (q.astype(jnp.float32) * scale).astype(q.dtype)
 
 
-def _float(x: Rows) -> Rows:
-    return _map(lambda a: a.astype(jnp.float32), x)
+class Rows(NamedTuple):
+    """Rows of a request: their indices, and which exist."""
+
+    index: jax.Array
+    exists: jax.Array
+
+    def clock(self, integers_ref):
+        return [_numbers(integers_ref, i, self.index, exists=self.exists) for i in range(4)]
+
+    def flag(self, integers_ref):
+        return _numbers(integers_ref, FLAG, self.index, exists=self.exists) > 0
 
 
-def _times(weights, x: Rows) -> Rows:
-    """Row t times weights [T]."""
-    return _map(lambda a: (weights if a.ndim == 1 else weights[:, None]) * a, x)
+def _rows(first, count: int, n: int) -> Rows:
+    index = first + jnp.arange(count, dtype=jnp.int32)
+    return Rows(index, (index >= 0) & (index < n))
 
 
-def _add(*rows: Rows) -> Rows:
-    return _map(lambda *a: sum(a), *rows)
+class Bias(NamedTuple):
+    """Of [T, S] pairs: RelTemporal's terms, and 0 or HIDDEN."""
+
+    terms: list[jax.Array]
+    hidden: jax.Array
+
+    def logits(self, products, slopes):
+        for slope, term in zip(slopes, self.terms, strict=True):
+            products = products - slope * term
+        return products + self.hidden
+
+    def of_slopes(self, d_logits):
+        """[T] of each."""
+        return [jnp.sum(d_logits * term, 1) for term in self.terms]
 
 
-def _inner(a: Rows, b: Rows):
-    """[T]: the product of each row with the same row."""
-    if isinstance(a, list):
-        return sum(x * y for x, y in zip(a, b, strict=True))
-    return jnp.sum(a * b, 1)
+class Slots:
+    """The slots of one group, as a tile of queries sees them."""
+
+    def __init__(self, plan, group, queries: Rows, integers_ref, refs):
+        self.k_ref, self.v_ref, slot_integers_ref = refs
+        (a, b), self.queries = group, queries
+        self.slots = Rows(a + jnp.arange(b - a, dtype=jnp.int32), jnp.full(b - a, True))
+        columns = [slot_integers_ref[a:b, i] for i in range(FLAG + 1)]
+        position = _numbers(integers_ref, POSITION, queries.index, exists=queries.exists)
+        terms = plan.rel.terms(
+            [x[:, None] for x in queries.clock(integers_ref)], [x[None] for x in columns[CLOCK]]
+        )
+        if plan.timeless and not plan.has_band:  # the user key is one of the slots
+            terms = [t * columns[FLAG].astype(jnp.float32)[None] for t in terms]
+        visible = columns[POSITION][None] < position[:, None]
+        self.bias = Bias(terms, jnp.where(visible, 0.0, HIDDEN))
+
+    def keys(self, head):
+        """[S, K]."""
+        return load(_head(self.k_ref, *self.slots, head))
+
+    def values(self, head):
+        return load(_head(self.v_ref, *self.slots, head))
 
 
-def _sum(x: Rows) -> Rows:
-    """The sum of all rows."""
-    return _map(lambda a: jnp.sum(a, 0), x)
+class Band:
+    """The band and, in the last column, the user key, as a tile of queries sees them."""
+
+    def __init__(self, plan, first, width, queries: Rows, integers_ref, refs, slot_refs):
+        self.refs, self.slot_refs = refs, slot_refs
+        count = power(width + plan.window)
+        column = jnp.arange(count, dtype=jnp.int32)
+        self.is_user = column == count - 1
+        n = integers_ref.shape[1]
+        rows = _rows(first + width - (count - 1), count, n)
+        self.rows = Rows(rows.index, rows.exists & ~self.is_user)
+        self.user = jnp.full(count, plan.groups[-1][0], jnp.int32)
+        terms = plan.rel.terms(
+            [x[:, None] for x in queries.clock(integers_ref)],
+            [x[None] for x in self.rows.clock(integers_ref)],
+        )
+        away = queries.index[:, None] - rows.index[None]
+        near = (away >= 0) & (away < plan.window) & self.rows.flag(integers_ref)[None]
+        timed = 1.0 - self.is_user.astype(jnp.float32)
+        self.bias = Bias(
+            [t * timed[None] for t in terms],
+            jnp.where(near | self.is_user[None], 0.0, HIDDEN),
+        )
+
+    def _of(self, i, head):
+        rows = load(_head(self.refs[i], *self.rows, head))
+        return rows + load(_head(self.slot_refs[i], self.user, self.is_user, head))
+
+    def keys(self, head):
+        """[S, K]."""
+        return self._of(0, head)
+
+    def values(self, head):
+        return self._of(1, head)
 
 
-def _product(a: Rows, b: Rows):
-    """[T, S]: rows of a with rows of b."""
-    if isinstance(a, list):
-        return sum(x[:, None] * y[None, :] for x, y in zip(_float(a), _float(b), strict=True))
-    return dot(a, b, (1, 1))
+def _for_heads(number: int, of_head) -> None:
+    def step(head, carry):
+        of_head(head)
+        return carry
 
-
-def _over_second(weights, b: Rows) -> Rows:
-    """Weights [T, S] and S rows -> T rows."""
-    if isinstance(b, list):
-        return [jnp.sum(weights * y[None, :], 1) for y in _float(b)]
-    return dot(weights.astype(b.dtype), b, (1, 0))
-
-
-def _over_first(weights, a: Rows) -> Rows:
-    """Weights [T, S] and T rows -> S rows."""
-    if isinstance(a, list):
-        return [jnp.sum(weights * x[:, None], 0) for x in _float(a)]
-    return dot(weights.astype(a.dtype), a, (0, 0))
-
-
-class _Tile:
-    """The tile's queries: their rows, which of them exist, their integers; the slots' terms."""
-
-    def __init__(self, plan, width, integers_ref, slot_integers_ref):
-        self.plan, self.integers_ref = plan, integers_ref
-        self.n = integers_ref.shape[1]
-        self.own = pl.ds(pl.program_id(1) * width, width)
-        self.wanted = pl.program_id(1) * width + jnp.arange(width, dtype=jnp.int32)
-        self.exists = self.wanted < self.n
-        self.rows = jnp.minimum(self.wanted, self.n - 1)
-        self.clock = self.clock_at(self.rows)
-        position = integers_ref[POSITION, self.rows]
-        self.soft = plan.groups[:-1] if plan.has_band else plan.groups
-        self.terms, self.hidden = [], []
-        for a, b in self.soft:
-            columns = [slot_integers_ref[a:b, i] for i in range(FLAG + 1)]
-            terms = plan.rel.terms(
-                [x[:, None] for x in self.clock], [x[None, :] for x in columns[CLOCK]]
-            )
-            if plan.timeless:
-                terms = [t * columns[FLAG].astype(jnp.float32)[None, :] for t in terms]
-            self.terms.append(terms)
-            visible = columns[POSITION][None, :] < position[:, None]
-            self.hidden.append(jnp.where(visible, 0.0, HIDDEN))
-
-    def clock_at(self, rows):
-        return [self.integers_ref[i, rows] for i in range(4)]
-
-    def logits(self, group, q, k, slopes):
-        x = _product(q, k) + self.hidden[group]
-        for slope, term in zip(slopes, self.terms[group], strict=True):
-            x = x - slope * term
-        return x
-
-    def band_bias(self, query_clock, key_clock, visible, slopes):
-        """RelTemporal and visibility of pairs of rows, [T], and the terms."""
-        terms = self.plan.rel.terms(query_clock, key_clock)
-        bias = jnp.where(visible, 0.0, HIDDEN)
-        for slope, term in zip(slopes, terms, strict=True):
-            bias = bias - slope * term
-        return bias, terms
-
-    def behind(self, s):
-        """Rows s before the tile's, their clocks and which are visible."""
-        wanted = self.wanted - s
-        rows = jnp.clip(wanted, 0, self.n - 1)
-        visible = (wanted >= 0) & (self.integers_ref[FLAG, rows] > 0)
-        return rows, self.clock_at(rows), visible
-
-
-def _scaled(q: Rows, scale) -> Rows:
-    return _map(lambda a: (a.astype(jnp.float32) * scale).astype(a.dtype), q)
+    jax.lax.fori_loop(0, number, step, 0)
 
 
 def forward_kernel(plan, width, *refs):
     """Blocks of a request: q [n, H, K], integers [ROWS, n], slots [S, H, K] twice and [S, ROWS],
-    with a band k, v [n, H, K]; slopes [3, H]. Outputs: [tiles T, H, K] per branch, log of the
-    normalisers [branches, H, tiles T]."""
+    with a band k, v [n, H, K]; slopes [3, H]. Outputs: [n, H, K] per branch, log of the
+    normalisers [branches, H, n]."""
     branches = len(plan.groups)
     inputs, out_refs, log_total_ref = refs[: -branches - 1], refs[-branches - 1 : -1], refs[-1]
-    q_ref, integers_ref, slot_k_ref, slot_v_ref, slot_integers_ref, *band_refs, slopes_ref = inputs
-    tile = _Tile(plan, width, integers_ref, slot_integers_ref)
+    q_ref, integers_ref, *slot_refs, slopes_ref = inputs
+    slot_refs, band_refs = slot_refs[:3], slot_refs[3:]
+    first = pl.program_id(0) * width
+    queries = _rows(first, width, integers_ref.shape[1])
 
-    def of_head(h, carry):
-        slopes = [slopes_ref[part, h] for part in plan.rel.parts]
-        q = _scaled(_load(q_ref, tile.rows, h), plan.scale)
-        for group, (a, b) in enumerate(tile.soft):
-            logits = tile.logits(group, q, _load(slot_k_ref, slice(a, b), h), slopes)
+    for branch, group in enumerate(plan.groups):
+        if plan.has_band and branch == branches - 1:
+            seen = Band(plan, first, width, queries, integers_ref, band_refs, slot_refs[:2])
+        else:
+            seen = Slots(plan, group, queries, integers_ref, slot_refs)
+
+        def of_head(head, branch=branch, seen=seen):
+            slopes = [slopes_ref[part, head] for part in plan.rel.parts]
+            q = _scaled(load(_head(q_ref, *queries, head)), plan.scale)
+            logits = seen.bias.logits(dot(q, seen.keys(head), (1, 1)), slopes)
             peak = jnp.maximum(jnp.max(logits, 1), EMPTY)
             weights = jnp.exp(logits - peak[:, None])
             total = jnp.sum(weights, 1)
             some = total > 0
             total = jnp.where(some, total, 1.0)
-            out = _over_second(weights, _load(slot_v_ref, slice(a, b), h))
-            _store(out_refs[group], tile.own, h, _times(1 / total, out))
-            log_total_ref[group, h, tile.own] = jnp.where(some, peak + jnp.log(total), jnp.inf)
-        if plan.has_band:
-            k_ref, v_ref = band_refs
-            q = _float(q)
-            user = plan.groups[-1][0] + jnp.zeros_like(tile.rows)
-            start = _inner(q, _float(_load(slot_k_ref, user, h)))
-            acc = _float(_load(slot_v_ref, user, h))
+            v = seen.values(head)
+            out = dot(weights.astype(v.dtype), v) * (1 / total)[:, None]
+            store(_head(out_refs[branch], *queries, head), out)
+            log_total = jnp.where(some, peak + jnp.log(total), jnp.inf)
+            at = log_total_ref.at[branch, head, queries.index]
+            plgpu.store(at, log_total, mask=queries.exists)
 
-            def shift(s, carry):  # a softmax that goes along; the user key keeps it from empty
-                peak, total, acc = carry
-                rows, clock, visible = tile.behind(s)
-                bias, _ = tile.band_bias(tile.clock, clock, visible, slopes)
-                logits = _inner(q, _float(_load(k_ref, rows, h))) + bias
-                higher = jnp.maximum(peak, logits)
-                old, new = jnp.exp(peak - higher), jnp.exp(logits - higher)
-                v = _float(_load(v_ref, rows, h))
-                return higher, total * old + new, _add(_times(old, acc), _times(new, v))
-
-            start = (start, jnp.ones_like(start), acc)
-            peak, total, acc = jax.lax.fori_loop(0, plan.window, shift, start)
-            _store(out_refs[-1], tile.own, h, _times(1 / total, acc))
-            log_total_ref[branches - 1, h, tile.own] = peak + jnp.log(total)
-        return carry
-
-    jax.lax.fori_loop(0, q_ref.shape[1], of_head, 0)
+        _for_heads(q_ref.shape[1], of_head)
 
 
-def backward_kernel(plan, width, *refs):
-    """Blocks of a request: q, integers, slots as in the forward kernel, log_total [branches, H,
-    tiles T], cotangents [n, H, K] per branch, with a band k, v [n, H, K] and the local branch's
-    product of output and cotangent [H, n]; slopes [3, H]. Outputs: dq [tiles T, H, K], with a band
-    dk, dv; of the tile, the slots' gradients [S, H, K] twice and the slopes' [R, H]."""
-    branches, number = len(plan.groups), 4 + 2 * plan.has_band
-    inputs, outputs = refs[:-number], refs[-number:]
-    q_ref, integers_ref, slot_k_ref, slot_v_ref, slot_integers_ref, log_total_ref = inputs[:6]
-    d_out_refs, band_refs, slopes_ref = (
-        inputs[6 : 6 + branches],
-        inputs[6 + branches : -1],
-        inputs[-1],
-    )
-    dq_ref, *d_band_refs, d_slot_k_ref, d_slot_v_ref, d_slopes_ref = outputs
-    tile = _Tile(plan, width, integers_ref, slot_integers_ref)
+def slots_kernel(plan, width, *refs):
+    """The backward pass of the branches over slots. Blocks of a request: q, integers, slots as in
+    the forward kernel, log_total [branches, H, n], cotangents [n, H, K] per branch, with a band
+    its part of dq [n, H, K]; slopes [3, H]. Outputs: dq [n, H, K]; of the tile, the slots'
+    gradients [S, H, K] twice and the slopes' [R, H]."""
+    soft = plan.groups[:-1] if plan.has_band else plan.groups
+    q_ref, integers_ref, *slot_refs, log_total_ref = refs[:6]
+    d_out_refs, band_dq_ref = refs[6 : 6 + len(soft)], refs[6 + len(soft) : -5]
+    slopes_ref, dq_ref, d_slot_k_ref, d_slot_v_ref, d_slopes_ref = refs[-5:]
+    queries = _rows(pl.program_id(0) * width, width, integers_ref.shape[1])
+    groups = [Slots(plan, group, queries, integers_ref, slot_refs) for group in soft]
 
-    def of_head(h, carry):
-        slopes = [slopes_ref[part, h] for part in plan.rel.parts]
-        q = _scaled(_load(q_ref, tile.rows, h), plan.scale)
-        dq, d_slopes = _map(lambda a: jnp.zeros_like(a, jnp.float32), q), [0.0] * len(slopes)
-        for group, (a, b) in enumerate(tile.soft):
-            k, v = (_load(r, slice(a, b), h) for r in (slot_k_ref, slot_v_ref))
-            do = _load(d_out_refs[group], tile.rows, h)
-            weights = tile.logits(group, q, k, slopes)
-            weights = jnp.exp(weights - log_total_ref[group, h, tile.own][:, None])
-            weights = jnp.where(tile.exists[:, None], weights, 0.0)
-            product = _product(do, v)
+    def of_head(head):
+        slopes = [slopes_ref[part, head] for part in plan.rel.parts]
+        q = _scaled(load(_head(q_ref, *queries, head)), plan.scale)
+        dq = jnp.zeros(q.shape, jnp.float32)
+        d_slopes = [jnp.zeros(width, jnp.float32)] * len(slopes)
+        for branch, seen in enumerate(groups):
+            k, v = seen.keys(head), seen.values(head)
+            do = load(_head(d_out_refs[branch], *queries, head))
+            logits = seen.bias.logits(dot(q, k, (1, 1)), slopes)
+            at = branch, head, queries.index
+            log_total = _numbers(log_total_ref, *at, exists=queries.exists, other=jnp.inf)
+            weights = jnp.exp(logits - log_total[:, None])
+            product = dot(do, v, (1, 1))
             d_logits = weights * (product - jnp.sum(weights * product, 1)[:, None])
-            dq = _add(dq, _over_second(d_logits, k))
-            _store(d_slot_k_ref, slice(a, b), h, _over_first(d_logits, q))
-            _store(d_slot_v_ref, slice(a, b), h, _over_first(weights, do))
-            d_slopes = [
-                d + jnp.sum(jnp.sum(d_logits * term, 1), 0)
-                for d, term in zip(d_slopes, tile.terms[group], strict=True)
-            ]
+            narrow = d_logits.astype(q.dtype)
+            dq += dot(narrow, k)
+            store(_head(d_slot_k_ref, *seen.slots, head), dot(narrow, q, (0, 0)))
+            store(_head(d_slot_v_ref, *seen.slots, head), dot(weights.astype(q.dtype), do, (0, 0)))
+            added = seen.bias.of_slopes(d_logits)
+            d_slopes = [d + x for d, x in zip(d_slopes, added, strict=True)]
+        dq *= plan.scale
         if plan.has_band:
-            k_ref, v_ref, product_ref = band_refs
-            refs = (q_ref, k_ref, v_ref, log_total_ref, d_out_refs[-1])
-            dk, dv = _band_keys(tile, h, slopes, *refs, product_ref)
-            for ref, x in zip(d_band_refs, (dk, dv), strict=True):
-                _store(ref, tile.own, h, x)
-            added, more, dk, dv = _band_queries(tile, h, slopes, *refs, (slot_k_ref, slot_v_ref))
-            for ref, x in ((d_slot_k_ref, dk), (d_slot_v_ref, dv)):
-                _store(ref, plan.groups[-1][0], h, x)
-            dq = _add(dq, added)
-            d_slopes = [d + jnp.sum(x, 0) for d, x in zip(d_slopes, more, strict=True)]
-        _store(dq_ref, tile.own, h, _map(lambda a: a * plan.scale, dq))
+            dq += load(_head(band_dq_ref[0], *queries, head)).astype(jnp.float32)
+        store(_head(dq_ref, *queries, head), dq)
         for i, d in enumerate(d_slopes):
-            d_slopes_ref[i, h] = d
-        return carry
+            d_slopes_ref[i, head] = jnp.sum(d, 0)
 
-    jax.lax.fori_loop(0, q_ref.shape[1], of_head, 0)
+    _for_heads(q_ref.shape[1], of_head)
 
 
-def _band_queries(tile, h, slopes, q_ref, k_ref, v_ref, log_total_ref, do_ref, slot_refs):
-    """The band's part of dq, the slopes' gradients per query, and the user key's dk and dv.
+def band_kernel(plan, width, *refs):
+    """The backward pass of the band. Blocks of a request: q, integers, slots, the band's k, v, the
+    log_total of the branches, the local branch's cotangent [n, H, K] and its product with the
+    output [H, n]; slopes [3, H]. Outputs: dq, dk, dv [n, H, K]; of the tile, the user key's
+    gradients [H, K] twice and the slopes' [R, H]."""
+    q_ref, integers_ref, *slot_refs, k_ref, v_ref, log_total_ref, d_out_ref, product_ref = refs[:10]
+    slopes_ref, dq_ref, dk_ref, dv_ref, d_user_k_ref, d_user_v_ref, d_slopes_ref = refs[10:]
+    branch, n, heads = len(plan.groups) - 1, integers_ref.shape[1], q_ref.shape[1]
+    first = pl.program_id(0) * width
+    own = _rows(first, width, n)
 
-    d_logits = weights (product - mean of the products), and the mean is known at the end: sums with
-    and without the products go along. (do . out, where out was rounded, is no mean.)
-    """
-    plan = tile.plan
-    q = _float(_scaled(_load(q_ref, tile.rows, h), plan.scale))
-    do = _float(_load(do_ref, tile.rows, h))
-    log_total = log_total_ref[len(plan.groups) - 1, h, tile.own]
-
-    def pair(k, v, bias):
-        weights = jnp.where(tile.exists, jnp.exp(_inner(q, k) + bias - log_total), 0.0)
-        return weights, weights * _inner(do, v)
-
-    user = plan.groups[-1][0] + jnp.zeros_like(tile.rows)
-    user_k, user_v = (_float(_load(ref, user, h)) for ref in slot_refs)
-    user_weights, user_products = pair(user_k, user_v, 0.0)
-
-    def shift(s, carry):
-        mean, rows_plain, rows, terms_plain, terms = carry
-        at, clock, visible = tile.behind(s)
-        bias, own = tile.band_bias(tile.clock, clock, visible, slopes)
-        k = _float(_load(k_ref, at, h))
-        weights, products = pair(k, _float(_load(v_ref, at, h)), bias)
-        return (
-            mean + products,
-            _add(rows_plain, _times(weights, k)),
-            _add(rows, _times(products, k)),
-            [x + weights * term for x, term in zip(terms_plain, own, strict=True)],
-            [x + products * term for x, term in zip(terms, own, strict=True)],
+    def of_queries(head, rows):
+        """q [rows, K], its cotangent and log_total."""
+        log_total = _numbers(
+            log_total_ref, branch, head, rows.index, exists=rows.exists, other=jnp.inf
         )
+        q = _scaled(load(_head(q_ref, *rows, head)), plan.scale)
+        return q, load(_head(d_out_ref, *rows, head)), log_total
 
-    zeros = [jnp.zeros_like(log_total)] * len(slopes)
-    start = (user_products, _times(user_weights, user_k), _times(user_products, user_k), zeros,
-             zeros)  # fmt: skip
-    mean, rows_plain, rows, terms_plain, terms = jax.lax.fori_loop(0, plan.window, shift, start)
-    dq = _add(rows, _times(-mean, rows_plain))
-    d_slopes = [x - mean * y for x, y in zip(terms, terms_plain, strict=True)]
-    d_user = user_products - user_weights * mean
-    return dq, d_slopes, _sum(_times(d_user, q)), _sum(_times(user_weights, do))
+    seen = Band(plan, first, width, own, integers_ref, (k_ref, v_ref), slot_refs[:2])
 
+    def own_queries(head):
+        """The gradients of the tile's queries, with them the user key's and the slopes'.
 
-def _band_keys(tile, h, slopes, q_ref, k_ref, v_ref, log_total_ref, do_ref, product_ref):
-    """dk and dv of the tile's own rows, from the w queries that see them."""
-    plan, branch = tile.plan, len(tile.plan.groups) - 1
-    k, v = (_float(_load(ref, tile.rows, h)) for ref in (k_ref, v_ref))
-    valid = tile.exists & (tile.integers_ref[FLAG, tile.rows] > 0)
+        do . out, where out was rounded, is no mean of the products: it is made anew.
+        """
+        slopes = [slopes_ref[part, head] for part in plan.rel.parts]
+        q, do, log_total = of_queries(head, own)
+        k = seen.keys(head)
+        logits = seen.bias.logits(dot(q, k, (1, 1)), slopes)
+        weights = jnp.exp(logits - log_total[:, None])
+        product = dot(do, seen.values(head), (1, 1))
+        d_logits = weights * (product - jnp.sum(weights * product, 1)[:, None])
+        store(_head(dq_ref, *own, head), dot(d_logits.astype(q.dtype), k) * plan.scale)
+        for i, d in enumerate(seen.bias.of_slopes(d_logits)):
+            d_slopes_ref[i, head] = jnp.sum(d, 0)
+        for ref, of_user, rows in ((d_user_k_ref, d_logits, q), (d_user_v_ref, weights, do)):
+            of_user = jnp.sum(jnp.where(seen.is_user[None], of_user, 0.0), 1)
+            columns = jnp.arange(rows.shape[1])
+            total = jnp.sum(of_user[:, None] * rows.astype(jnp.float32), 0)
+            store((ref.at[head, columns], columns < ref.shape[-1]), total)
 
-    def shift(s, carry):
-        dk, dv = carry
-        wanted = tile.wanted + s
-        rows = jnp.minimum(wanted, tile.n - 1)
-        visible = valid & (wanted < tile.n)
-        bias, _ = tile.band_bias(tile.clock_at(rows), tile.clock, visible, slopes)
-        q = _float(_scaled(_load(q_ref, rows, h), plan.scale))
-        do = _float(_load(do_ref, rows, h))
-        weights = jnp.exp(_inner(q, k) + bias - log_total_ref[branch, h, rows])
-        d_logits = weights * (_inner(do, v) - product_ref[h, rows])
-        return _add(dk, _times(d_logits, q)), _add(dv, _times(weights, do))
+    _for_heads(heads, own_queries)
 
-    zero = _map(jnp.zeros_like, k)
-    return jax.lax.fori_loop(0, plan.window, shift, (zero, zero))
+    rows = _rows(first, power(width + plan.window - 1), n)
+    away = rows.index[None] - own.index[:, None]
+    near = (away >= 0) & (away < plan.window) & own.flag(integers_ref)[:, None]
+    terms = plan.rel.terms(
+        [x[None] for x in rows.clock(integers_ref)], [x[:, None] for x in own.clock(integers_ref)]
+    )
+    bias = Bias(terms, jnp.where(near, 0.0, HIDDEN))
+
+    def own_keys(head):
+        """The gradients of the tile's rows as keys, from the queries that see them: [T, S]."""
+        slopes = [slopes_ref[part, head] for part in plan.rel.parts]
+        q, do, log_total = of_queries(head, rows)
+        k, v = (load(_head(ref, *own, head)) for ref in (k_ref, v_ref))
+        weights = jnp.exp(bias.logits(dot(k, q, (1, 1)), slopes) - log_total[None])
+        mean = _numbers(product_ref, head, rows.index, exists=rows.exists)
+        d_logits = weights * (dot(v, do, (1, 1)) - mean[None])
+        store(_head(dk_ref, *own, head), dot(d_logits.astype(q.dtype), q))
+        store(_head(dv_ref, *own, head), dot(weights.astype(q.dtype), do))
+
+    _for_heads(heads, own_keys)
