@@ -1,21 +1,41 @@
-"""The kernels for GPUs, through Pallas' Triton lowering: the sums of pallas_tpu.py.
+"""The kernels for GPUs, through Pallas' Triton lowering: hidden units are an axis of a product.
 
-A program of the forward pass holds a block of candidates and walks over blocks of rows and, in
-each, over the hidden units. Blocks are padded to powers of 2 (16 at least, for the matrix units) by
-masked loads, so nothing is padded in memory. The backward pass makes x_j anew, twice: once per
-block of rows, for the gradients of rows, and once per block of candidates, some units at a time,
-for those of candidates and weights; the latter leave the chip once per block of candidates. No
-atomics: two runs give equal bits.
+A candidate t makes a kernel of the weights, M = W2 + diag(t) W3 (split form: diag(t) W3), and of a
+block of rows all hidden units at once,
 
-Axis letters: B requests, C candidates, c of a block, K rows, k of a block, d model width, h hidden
-units.
+    x = keys M + t W1     [k, h], of which W1 is the joint form's
+    scores = phi(x) W_o   [k]; the split form adds phi(keys W2) W_o, made once per block of rows
+
+so a product has k, h and d as its sides: whole tiles of the matrix units however few candidates
+there are. With one candidate there are few requests and many rows; with many there are few rows. So
+a program takes some candidates and walks over `walk` blocks of rows, in each over its candidates.
+
+The backward pass makes x anew, once. With g [k, h] the gradient of phi's result over W_o, times
+phi'(x), a candidate needs keys^T g [d, h] and the sums of g's columns [h]: with W_o and t these
+are the gradients of M and t W1. W_o's own comes with them: phi(x) = phi'(x) x, so it is the sum over
+d of each weight times its gradient over W_o, and the kernel does not make it.
+
+What programs add up leaves the chip as float32 parts, and XLA adds them: no atomics, two runs give
+equal bits. At d = 16, h = 64 a block of 128 rows reads 8 KB (bfloat16), and
+
+    result, dt        64 bytes per candidate and block of rows: from a program for each, directly
+    dW1, dW2, dW3     12 KB per program: so a program takes LEAST_PAIRS rows x candidates or more
+    dkeys, dvalues    8 KB each per block of rows and block of candidates; none of one block: so
+                      candidates are split only where rows do not give LEAST_PROGRAMS
+
+Blocks are padded to powers of 2 (16 at least, for the matrix units) by masked loads, so nothing is
+padded in memory. A padded unit has W_o = 0; a padded row has values of 0 and a padded candidate a
+gradient of 0, so both have g = 0.
+
+Axis letters: B requests, C candidates, K rows, k of a block, d model width, h hidden units; P
+blocks of candidates, T blocks of rows, S walks over them.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +43,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.absorbed_target_attention.blocks import Blocks
-from kernels.absorbed_target_attention.reference import Weights, leaky_relu
+from kernels.absorbed_target_attention.reference import Weights
 from kernels.absorbed_target_attention.unit import Shape, derivative
 from kernels.triton import dot, load, power, store
 
-UNITS = 4  # of one walk over the rows
+PROGRAMS, LEAST_PROGRAMS = 1024, 256  # a GPU has 132 multiprocessors, of a few programs each
+LEAST_PAIRS = 512  # rows x candidates of a program
 
 
 def refusal(candidates: int, dtype: Any) -> str | None:
@@ -37,215 +58,182 @@ def refusal(candidates: int, dtype: Any) -> str | None:
     return None
 
 
-def _block(ref, b, index, step: int, size: int, shape: Shape):
-    """Block `index` of ref[b] [size, d], [step, padded d]: the part, and which of it exists."""
-    rows, columns = index * step + jnp.arange(step)[:, None], jnp.arange(power(shape.width))[None]
-    return ref.at[b, rows, columns], (rows < size) & (columns < shape.width)
+def _rows(ref, before: tuple, t, shape: Shape):
+    """Block t of ref[*before] [K, d], [k, padded d]: the part, and which of it exists."""
+    rows = t * shape.row_block + jnp.arange(shape.row_block)[:, None]
+    columns = jnp.arange(power(shape.width))[None]
+    return ref.at[(*before, rows, columns)], (rows < shape.rows) & (columns < shape.width)
 
 
-def _candidates(ref, b, i, shape: Shape):
-    return _block(ref, b, i, shape.block, shape.candidates, shape)
-
-
-def _rows(ref, b, t, shape: Shape):
-    return _block(ref, b, t, shape.row_block, shape.rows, shape)
-
-
-def _unit(ref, before: tuple, j, shape: Shape):
-    """ref[*before, j] [d], padded: the part, and which of it exists; nothing beyond unit h."""
+def _candidate(ref, before: tuple, i, exists, shape: Shape):
+    """ref[*before, i] [d], padded: the part, and which of it exists."""
     columns = jnp.arange(power(shape.width))
-    return ref.at[(*before, j, columns)], (columns < shape.width) & (j < shape.hidden)
+    exists = (columns < shape.width) & (i < shape.candidates) & exists
+    return ref.at[(*before, i, columns)], exists
 
 
-class Unit(NamedTuple):
-    """A hidden unit's weights and what it makes of a block of candidates q and rows."""
-
-    w1: jax.Array  # [d]
-    w2: jax.Array
-    w3: jax.Array
-    x: jax.Array  # [c, k], the pre-activation; without w2 in the split form
-    alone: jax.Array  # [k], w2 keys^T
-    scaled: jax.Array  # [c, d], q * w3
-
-    def activated(self, shape: Shape) -> jax.Array:
-        """[c, k]."""
-        scores = leaky_relu(self.x, shape.slope)
-        return scores if shape.joint else scores + leaky_relu(self.alone, shape.slope)[None]
-
-    def of_alone(self, of_scores, of_x, shape: Shape) -> jax.Array:
-        """[k], the gradient of `alone` without the unit's own weight."""
-        if shape.joint:
-            return jnp.sum(of_x, axis=0)
-        return jnp.sum(of_scores, axis=0) * derivative(self.alone, shape.slope)
+def _kernel(ref, before: tuple, shape: Shape):
+    """ref[*before] [d, h], padded: the part, and which of it exists."""
+    rows, units = jnp.arange(power(shape.width))[:, None], jnp.arange(power(shape.hidden))[None]
+    return ref.at[(*before, rows, units)], (rows < shape.width) & (units < shape.hidden)
 
 
-def _of_unit(refs, q, keys, j, shape: Shape) -> Unit:
-    """q and keys as they are stored."""
-    w1, w2, w3 = (load(_unit(ref, (), j, shape)) for ref in refs)
-    exact = q.astype(jnp.float32)
-    scaled = (exact * w3[None]).astype(keys.dtype)
-    alone = jnp.sum(keys.astype(jnp.float32) * w2[None], axis=1)
-    x = dot(scaled, keys.T)
-    if shape.joint:
-        x += jnp.sum(exact * w1[None], axis=1)[:, None] + alone[None]
-    return Unit(w1, w2, w3, x, alone, scaled)
+def _out(ref, shape: Shape) -> jax.Array:
+    """[padded h]."""
+    units = jnp.arange(power(shape.hidden))
+    return load((ref.at[units], units < shape.hidden))
+
+
+def _product(keys, kernel) -> jax.Array:
+    """keys [k, d] as they are stored, kernel [d, h] float32, of which a narrower product takes two
+    numbers: what is rounded away is its second. [k, h]."""
+    rounded = kernel.astype(keys.dtype)
+    x = dot(keys, rounded)
+    if keys.dtype == jnp.float32:
+        return x
+    return x + dot(keys, (kernel - rounded.astype(jnp.float32)).astype(keys.dtype))
+
+
+def _of_candidate(q, w1, w2, w3, shape: Shape):
+    """q [d] -> its kernel [d, h] and bias [h]; no bias in the split form."""
+    kernel = q[:, None] * w3
+    if not shape.joint:
+        return kernel, 0.0
+    return kernel + w2, jnp.sum(q[:, None] * w1, axis=0)[None]
+
+
+def _scores(x, slope, out) -> jax.Array:
+    """phi(x) W_o [k], given phi'(x)."""
+    return jnp.sum(x * slope * out[None], axis=1)
 
 
 def _forward_kernel(
     out_ref,  # [h]
-    w1_ref,  # [h, d]
-    w2_ref,  # [h, d]
-    w3_ref,  # [h, d]
+    w1_ref,  # [d, h]
+    w2_ref,  # [d, h]
+    w3_ref,  # [d, h]
     q_ref,  # [B, C, d]
     keys_ref,  # [B, K, d]
     values_ref,  # [B, K, d]
-    result_ref,  # [B, C, d]
+    result_ref,  # [B, T, C, d]
     *,
     shape: Shape,
+    walk: int,
 ):
-    i, b = pl.program_id(0), pl.program_id(1)
-    q = load(_candidates(q_ref, b, i, shape))
+    part, split, b = (pl.program_id(axis) for axis in range(3))
+    out = _out(out_ref, shape)
+    w1, w2, w3 = (load(_kernel(ref, (), shape)) for ref in (w1_ref, w2_ref, w3_ref))
 
-    def of_rows(t, total):
-        keys, values = (load(_rows(ref, b, t, shape)) for ref in (keys_ref, values_ref))
+    def of_rows(n, _):
+        t = split * walk + n
+        keys, values = (load(_rows(ref, (b,), t, shape)) for ref in (keys_ref, values_ref))
+        values = values.astype(jnp.float32)
+        alone = 0.0
+        if not shape.joint:
+            x = _product(keys, w2)
+            alone = _scores(x, derivative(x, shape.slope), out)
 
-        def of_unit(j, scores):
-            unit = _of_unit((w1_ref, w2_ref, w3_ref), q, keys, j, shape)
-            return scores + out_ref[j] * unit.activated(shape)
+        def of_candidate(n, _):
+            i = part * shape.block + n
+            q = load(_candidate(q_ref, (b,), i, True, shape)).astype(jnp.float32)
+            kernel, bias = _of_candidate(q, w1, w2, w3, shape)
+            x = _product(keys, kernel) + bias
+            scores = _scores(x, derivative(x, shape.slope), out) + alone
+            result = jnp.sum(scores[:, None] * values, axis=0)
+            store(_candidate(result_ref, (b, t), i, t < shape.row_blocks, shape), result)
 
-        scores = jnp.zeros((shape.block, shape.row_block), jnp.float32)
-        scores = jax.lax.fori_loop(0, shape.hidden, of_unit, scores)
-        return total + dot(scores.astype(values.dtype), values)
+        jax.lax.fori_loop(0, shape.block, of_candidate, None)
 
-    total = jnp.zeros(q.shape, jnp.float32)
-    total = jax.lax.fori_loop(0, shape.row_blocks, of_rows, total)
-    store(_candidates(result_ref, b, i, shape), total)
+    jax.lax.fori_loop(0, walk, of_rows, None)
 
 
-def _rows_kernel(
+def _backward_kernel(
     out_ref,  # [h]
-    w1_ref,  # [h, d]
-    w2_ref,  # [h, d]
-    w3_ref,  # [h, d]
+    w1_ref,  # [d, h]
+    w2_ref,  # [d, h]
+    w3_ref,  # [d, h]
     q_ref,  # [B, C, d]
     keys_ref,  # [B, K, d]
     values_ref,  # [B, K, d]
     gradient_ref,  # [B, C, d]
-    dkeys_ref,  # [B, K, d]
-    dvalues_ref,  # [B, K, d]
-    *,
+    dq_ref,  # [B, T, C, d]
+    dkeys_ref,  # [B, P, K, d]
+    dvalues_ref,  # [B, P, K, d]
+    *dkernel_refs,  # [B, S, P, d, h] of W3, W2 and, in the joint form, W1; all over W_o
     shape: Shape,
+    walk: int,
 ):
-    """One block of rows, all candidates."""
-    t, b = pl.program_id(0), pl.program_id(1)
-    keys, values = (load(_rows(ref, b, t, shape)) for ref in (keys_ref, values_ref))
+    part, split, b = (pl.program_id(axis) for axis in range(3))
+    out = _out(out_ref, shape)
+    w1, w2, w3 = (load(_kernel(ref, (), shape)) for ref in (w1_ref, w2_ref, w3_ref))
+    first = jnp.where(jnp.arange(power(1))[:, None] == 0, 1.0, 0.0)  # [16, 1]
 
-    def of_block(i, sums):
-        dkeys, dvalues = sums
-        q, gradient = (load(_candidates(ref, b, i, shape)) for ref in (q_ref, gradient_ref))
-        of_scores = dot(gradient, values.T)
+    def of_rows(n, dkernels):
+        t = split * walk + n
+        keys, values = (load(_rows(ref, (b,), t, shape)) for ref in (keys_ref, values_ref))
+        values = values.astype(jnp.float32)
+        ones = jnp.broadcast_to(first, (power(1), shape.row_block)).astype(keys.dtype)
+        alone = 0.0
+        if not shape.joint:
+            x = _product(keys, w2)
+            alone = _scores(x, derivative(x, shape.slope), out)
 
-        def of_unit(j, sums):
-            scores, dkeys = sums
-            unit, weight = _of_unit((w1_ref, w2_ref, w3_ref), q, keys, j, shape), out_ref[j]
-            of_x = of_scores * derivative(unit.x, shape.slope)
-            of_alone = unit.of_alone(of_scores, of_x, shape)
-            dkeys += weight * of_alone[:, None] * unit.w2[None]
-            dkeys += dot((weight * of_x).astype(q.dtype).T, unit.scaled)
-            return scores + weight * unit.activated(shape), dkeys
+        def of_x(of_scores, slope, kernel):
+            """What x passes on: to the keys [k, d]; to its kernel, over W_o [d, h]; and itself."""
+            g = (of_scores[:, None] * slope).astype(keys.dtype)
+            kernel = (kernel * out[None]).astype(keys.dtype)
+            return dot(g, kernel, (1, 1)), dot(keys, g, (0, 0)), g
 
-        start = (jnp.zeros(of_scores.shape, jnp.float32), dkeys)
-        scores, dkeys = jax.lax.fori_loop(0, shape.hidden, of_unit, start)
-        return dkeys, dvalues + dot(scores.astype(gradient.dtype).T, gradient)
-
-    start = (jnp.zeros(keys.shape, jnp.float32),) * 2
-    dkeys, dvalues = jax.lax.fori_loop(0, shape.candidate_blocks, of_block, start)
-    store(_rows(dkeys_ref, b, t, shape), dkeys)
-    store(_rows(dvalues_ref, b, t, shape), dvalues)
-
-
-class Sums(NamedTuple):
-    """Over the rows, of one hidden unit and without its own weight."""
-
-    of_scaled: jax.Array  # [c, d]
-    of_query: jax.Array  # [c], of q w1
-    of_w2: jax.Array  # [d]
-    of_out: jax.Array  # [c]
-
-
-def _candidates_kernel(
-    out_ref,  # [h]
-    w1_ref,  # [h, d]
-    w2_ref,  # [h, d]
-    w3_ref,  # [h, d]
-    q_ref,  # [B, C, d]
-    keys_ref,  # [B, K, d]
-    values_ref,  # [B, K, d]
-    gradient_ref,  # [B, C, d]
-    dq_ref,  # [B, C, d]
-    dw1_ref,  # [B, blocks, h, d] float32, as all that follows
-    dw2_ref,  # [B, blocks, h, d]
-    dw3_ref,  # [B, blocks, h, d]
-    dout_ref,  # [B, blocks, h]
-    *,
-    shape: Shape,
-):
-    """One block of candidates, all rows."""
-    i, b = pl.program_id(0), pl.program_id(1)
-    q, gradient = (load(_candidates(ref, b, i, shape)) for ref in (q_ref, gradient_ref))
-    exact = q.astype(jnp.float32)
-
-    def of_units(some, dq):
-        units = [some * UNITS + n for n in range(UNITS)]
-
-        def of_rows(t, sums):
-            keys, values = (load(_rows(ref, b, t, shape)) for ref in (keys_ref, values_ref))
-            of_scores = dot(gradient, values.T)
-
-            def added(j, sums):
-                unit = _of_unit((w1_ref, w2_ref, w3_ref), q, keys, j, shape)
-                of_x = of_scores * derivative(unit.x, shape.slope)
-                of_alone = unit.of_alone(of_scores, of_x, shape)
-                return Sums(
-                    sums.of_scaled + dot(of_x.astype(keys.dtype), keys),
-                    sums.of_query + jnp.sum(of_x, axis=1),
-                    sums.of_w2 + jnp.sum(of_alone[:, None] * keys.astype(jnp.float32), axis=0),
-                    sums.of_out + jnp.sum(of_scores * unit.activated(shape), axis=1),
-                )
-
-            return tuple(added(j, s) for j, s in zip(units, sums, strict=True))
-
-        zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-        start = Sums(
-            zeros(q.shape), zeros(shape.block), zeros(power(shape.width)), zeros(shape.block)
-        )
-        sums = jax.lax.fori_loop(0, shape.row_blocks, of_rows, (start,) * UNITS)
-        for j, total in zip(units, sums, strict=True):
-            at = out_ref.at[j]
-            weight = plgpu.load(at, mask=j < shape.hidden, other=0.0)
-            w1, w3 = (load(_unit(ref, (), j, shape)) for ref in (w1_ref, w3_ref))
-            dq += weight * total.of_scaled * w3[None]
-            of_w1 = jnp.zeros(power(shape.width), jnp.float32)
+        def of_candidate(n, sums):
+            dkeys, dvalues, of_alone, (dw3, *dkernels) = sums
+            i = part * shape.block + n
+            q, gradient = (
+                load(_candidate(ref, (b,), i, True, shape)).astype(jnp.float32)
+                for ref in (q_ref, gradient_ref)
+            )
+            kernel, bias = _of_candidate(q, w1, w2, w3, shape)
+            x = _product(keys, kernel) + bias
+            slope = derivative(x, shape.slope)
+            of_scores = jnp.sum(values * gradient[None], axis=1)
+            dvalues += (_scores(x, slope, out) + alone)[:, None] * gradient[None]
+            of_keys, of_kernel, g = of_x(of_scores, slope, kernel)
+            dw3 += q[:, None] * of_kernel
+            dq = of_kernel * w3
             if shape.joint:
-                dq += weight * total.of_query[:, None] * w1[None]
-                of_w1 = jnp.sum(total.of_query[:, None] * exact, axis=0)
-            of_w3 = jnp.sum(total.of_scaled * exact, axis=0)
-            for ref, x in ((dw1_ref, of_w1), (dw2_ref, total.of_w2), (dw3_ref, of_w3)):
-                store(_unit(ref, (b, i), j, shape), weight * x)
-            plgpu.store(dout_ref.at[b, i, j], jnp.sum(total.of_out), mask=j < shape.hidden)
-        return dq
+                dw2, dw1 = dkernels
+                of_bias = jnp.sum(dot(ones, g), axis=0)[None]
+                dq += of_bias * w1
+                dkernels = dw2 + of_kernel, dw1 + q[:, None] * of_bias
+            else:
+                of_alone += of_scores
+            dq = jnp.sum(dq * out[None], axis=1)
+            store(_candidate(dq_ref, (b, t), i, t < shape.row_blocks, shape), dq)
+            return dkeys + of_keys, dvalues, of_alone, (dw3, *dkernels)
 
-    dq = jnp.zeros(q.shape, jnp.float32)
-    dq = jax.lax.fori_loop(0, -(-shape.hidden // UNITS), of_units, dq)
-    store(_candidates(dq_ref, b, i, shape), dq)
+        zeros = jnp.zeros(keys.shape, jnp.float32)
+        sums = (zeros, zeros, jnp.zeros(len(keys), jnp.float32), dkernels)
+        sums = jax.lax.fori_loop(0, shape.block, of_candidate, sums)
+        dkeys, dvalues, of_alone, dkernels = sums
+        if not shape.joint:
+            x = _product(keys, w2)
+            of_keys, of_kernel, _ = of_x(of_alone, derivative(x, shape.slope), w2)
+            dkeys, dkernels = dkeys + of_keys, (dkernels[0], dkernels[1] + of_kernel)
+        store(_rows(dkeys_ref, (b, part), t, shape), dkeys)
+        store(_rows(dvalues_ref, (b, part), t, shape), dvalues)
+        return dkernels
+
+    start = (jnp.zeros(w3.shape, jnp.float32),) * len(dkernel_refs)
+    dkernels = jax.lax.fori_loop(0, walk, of_rows, start)
+    for ref, dkernel in zip(dkernel_refs, dkernels, strict=True):
+        store(_kernel(ref, (b, split, part), shape), dkernel)
 
 
-def _arguments(query, keys, values, weights: Weights, joint: bool, slope: float, blocks: Blocks):
-    """What the kernels know, and the arguments as they take them."""
-    _, candidates, width = query.shape
+def _shape(query, keys, weights: Weights, joint: bool, slope: float, block: int, blocks: Blocks):
+    """What the kernels know, of `block` candidates per program, and a program's blocks of rows."""
+    batch, candidates, width = query.shape
     shape = Shape(
         candidates=candidates,
-        block=min(power(candidates), power(blocks.candidates)),
+        block=block,
         rows=keys.shape[1],
         row_block=min(power(keys.shape[1]), power(blocks.rows)),
         width=width,
@@ -253,9 +241,9 @@ def _arguments(query, keys, values, weights: Weights, joint: bool, slope: float,
         joint=joint,
         slope=slope,
     )
-    weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
-    kernels = (w.T for w in (weights.of_query, weights.of_key, weights.of_product))
-    return shape, (weights.out, *kernels, query, keys, values)
+    least = pl.cdiv(LEAST_PAIRS, shape.row_block * block)
+    wanted = pl.cdiv(PROGRAMS, batch * shape.candidate_blocks)
+    return shape, min(shape.row_blocks, max(least, pl.cdiv(shape.row_blocks, wanted)))
 
 
 def _call(kernel, grid, outputs, interpret, name: str):
@@ -271,40 +259,60 @@ def _call(kernel, grid, outputs, interpret, name: str):
     )
 
 
+def _parts(dtype, *sizes: int, axis: int = 1) -> jax.ShapeDtypeStruct:
+    """Of a sum over an axis: float32 where it has more than one part."""
+    return jax.ShapeDtypeStruct(sizes, dtype if sizes[axis] == 1 else jnp.float32)
+
+
+def _sum(parts) -> jax.Array:
+    """Over axis 1."""
+    return parts.sum(1) if parts.shape[1] > 1 else parts[:, 0]
+
+
 def forward(query, keys, values, weights, *, joint, slope, blocks: Blocks, interpret: bool):
     """sum_k s_k values_k [B, C, d] of checked arguments, without the split form's first term."""
-    shape, arguments = _arguments(query, keys, values, weights, joint, slope, blocks)
-    return _call(
-        functools.partial(_forward_kernel, shape=shape),
-        (shape.candidate_blocks, len(query)),
-        jax.ShapeDtypeStruct(query.shape, query.dtype),
+    weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
+    batch, candidates, width = query.shape
+    block = min(candidates, blocks.candidates)
+    shape, walk = _shape(query, keys, weights, joint, slope, block, blocks)
+    parts = _call(
+        functools.partial(_forward_kernel, shape=shape, walk=walk),
+        (shape.candidate_blocks, pl.cdiv(shape.row_blocks, walk), batch),
+        _parts(query.dtype, batch, shape.row_blocks, candidates, width),
         interpret,
         "absorbed_target_attention_forward",
-    )(*arguments)
+    )(weights.out, weights.of_query, weights.of_key, weights.of_product, query, keys, values)
+    return _sum(parts).astype(query.dtype)
 
 
 def backward(query, keys, values, weights, dout, *, joint, slope, blocks: Blocks, interpret: bool):
     """Gradients of query, keys, values and weights, given that of the result."""
-    shape, arguments = _arguments(query, keys, values, weights, joint, slope, blocks)
-    arguments = (*arguments, dout)
-    dkeys, dvalues = _call(
-        functools.partial(_rows_kernel, shape=shape),
-        (shape.row_blocks, len(query)),
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values)],
-        interpret,
-        "absorbed_target_attention_backward_rows",
-    )(*arguments)
-    units = (len(query), shape.candidate_blocks, shape.hidden)
-    dq, *dkernels, dunits = _call(
-        functools.partial(_candidates_kernel, shape=shape),
-        (shape.candidate_blocks, len(query)),
+    weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
+    batch, candidates, width = query.shape
+    shape, walk = _shape(query, keys, weights, joint, slope, candidates, blocks)
+    programs = batch * pl.cdiv(shape.row_blocks, walk)
+    if programs < LEAST_PROGRAMS and candidates > blocks.candidates:
+        most = pl.cdiv(candidates, blocks.candidates)
+        block = pl.cdiv(candidates, min(most, pl.cdiv(LEAST_PROGRAMS, programs)))
+        shape, walk = _shape(query, keys, weights, joint, slope, block, blocks)
+    splits = pl.cdiv(shape.row_blocks, walk)
+    of_rows = _parts(keys.dtype, batch, shape.candidate_blocks, shape.rows, width)
+    of_weights = (batch, splits, shape.candidate_blocks, width, shape.hidden)
+    used = (weights.of_product, weights.of_key, weights.of_query)[: 3 if joint else 2]
+    dq, dkeys, dvalues, *dkernels = _call(
+        functools.partial(_backward_kernel, shape=shape, walk=walk),
+        (shape.candidate_blocks, splits, batch),
         [
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            *[jax.ShapeDtypeStruct((*units, shape.width), jnp.float32)] * 3,
-            jax.ShapeDtypeStruct(units, jnp.float32),
+            _parts(query.dtype, batch, shape.row_blocks, candidates, width),
+            of_rows,
+            of_rows,
+            *[jax.ShapeDtypeStruct(of_weights, jnp.float32) for _ in used],
         ],
         interpret,
-        "absorbed_target_attention_backward_candidates",
-    )(*arguments)
-    dweights = Weights(*(x.sum((0, 1)).T for x in dkernels), dunits.sum((0, 1)))
-    return dq, dkeys, dvalues, dweights
+        "absorbed_target_attention_backward",
+    )(weights.out, weights.of_query, weights.of_key, weights.of_product, query, keys, values, dout)
+    dkernels = [x.sum((0, 1, 2)) for x in dkernels]
+    dunits = sum(jnp.sum(w * x, axis=0) for w, x in zip(used, dkernels, strict=True))
+    dw3, dw2, *dw1 = (x * weights.out for x in dkernels)
+    dw1 = dw1[0] if joint else jnp.zeros_like(dw2)
+    return _sum(dq), _sum(dkeys), _sum(dvalues), Weights(dw1, dw2, dw3, dunits)
