@@ -47,6 +47,7 @@ from kernels.absorbed_target_attention.reference import Weights
 from kernels.absorbed_target_attention.unit import Shape, derivative
 from kernels.triton import dot, load, power, store
 
+NT, TN = (1, 1), (0, 0)  # axes that a product contracts
 PROGRAMS, LEAST_PROGRAMS = 1024, 256  # a GPU has 132 multiprocessors, of a few programs each
 LEAST_PAIRS = 512  # rows x candidates of a program
 
@@ -73,9 +74,9 @@ def _candidate(ref, before: tuple, i, exists, shape: Shape):
 
 
 def _kernel(ref, before: tuple, shape: Shape):
-    """ref[*before] [d, h], padded: the part, and which of it exists."""
-    rows, units = jnp.arange(power(shape.width))[:, None], jnp.arange(power(shape.hidden))[None]
-    return ref.at[(*before, rows, units)], (rows < shape.width) & (units < shape.hidden)
+    """ref[*before] [h, d], padded: the part, and which of it exists."""
+    units, columns = jnp.arange(power(shape.hidden))[:, None], jnp.arange(power(shape.width))[None]
+    return ref.at[(*before, units, columns)], (units < shape.hidden) & (columns < shape.width)
 
 
 def _out(ref, shape: Shape) -> jax.Array:
@@ -84,22 +85,30 @@ def _out(ref, shape: Shape) -> jax.Array:
     return load((ref.at[units], units < shape.hidden))
 
 
-def _product(keys, kernel) -> jax.Array:
-    """keys [k, d] as they are stored, kernel [d, h] float32, of which a narrower product takes two
-    numbers: what is rounded away is its second. [k, h]."""
-    rounded = kernel.astype(keys.dtype)
-    x = dot(keys, rounded)
-    if keys.dtype == jnp.float32:
-        return x
-    return x + dot(keys, (kernel - rounded.astype(jnp.float32)).astype(keys.dtype))
+def _weights(refs, dtype, shape: Shape) -> list[list[jax.Array]]:
+    """Of W3, W2, W1 as far as x takes them, each [h, d] as one number of the keys' dtype, or as two
+    narrower ones: what is rounded away is the second."""
+    found = []
+    for ref in refs[: 3 if shape.joint else 1]:
+        exact = load(_kernel(ref, (), shape))
+        high = exact.astype(dtype)
+        rest = [] if dtype == jnp.float32 else [(exact - high.astype(jnp.float32)).astype(dtype)]
+        found.append([high, *rest])
+    return found
 
 
-def _of_candidate(q, w1, w2, w3, shape: Shape):
-    """q [d] -> its kernel [d, h] and bias [h]; no bias in the split form."""
-    kernel = q[:, None] * w3
+def _features(q, keys, shape: Shape) -> list[jax.Array]:
+    """What W3, W2, W1 meet of a candidate [d] and rows: [k, d] each, in the keys' dtype."""
+    scaled = (q[None] * keys.astype(jnp.float32)).astype(keys.dtype)
     if not shape.joint:
-        return kernel, 0.0
-    return kernel + w2, jnp.sum(q[:, None] * w1, axis=0)[None]
+        return [scaled]
+    return [scaled, keys, jnp.broadcast_to(q[None], keys.shape).astype(keys.dtype)]
+
+
+def _products(features, weights) -> jax.Array:
+    """x [k, h]."""
+    pairs = [(x, part) for x, w in zip(features, weights, strict=True) for part in w]
+    return functools.reduce(lambda x, pair: x + dot(*pair, NT), pairs[1:], dot(*pairs[0], NT))
 
 
 def _scores(x, slope, out) -> jax.Array:
@@ -107,11 +116,18 @@ def _scores(x, slope, out) -> jax.Array:
     return jnp.sum(x * slope * out[None], axis=1)
 
 
+def _alone(w2_ref, keys, out, shape: Shape):
+    """The split form's second term, of rows alone: what x, phi' and the scores are of it."""
+    x = _products([keys], _weights([w2_ref], keys.dtype, shape))
+    slope = derivative(x, shape.slope)
+    return slope, _scores(x, slope, out)
+
+
 def _forward_kernel(
     out_ref,  # [h]
-    w1_ref,  # [d, h]
-    w2_ref,  # [d, h]
-    w3_ref,  # [d, h]
+    w3_ref,  # [h, d]
+    w2_ref,  # [h, d]
+    w1_ref,  # [h, d]
     q_ref,  # [B, C, d]
     keys_ref,  # [B, K, d]
     values_ref,  # [B, K, d]
@@ -122,22 +138,18 @@ def _forward_kernel(
 ):
     part, split, b = (pl.program_id(axis) for axis in range(3))
     out = _out(out_ref, shape)
-    w1, w2, w3 = (load(_kernel(ref, (), shape)) for ref in (w1_ref, w2_ref, w3_ref))
+    weights = _weights((w3_ref, w2_ref, w1_ref), keys_ref.dtype, shape)
 
     def of_rows(n, _):
         t = split * walk + n
         keys, values = (load(_rows(ref, (b,), t, shape)) for ref in (keys_ref, values_ref))
         values = values.astype(jnp.float32)
-        alone = 0.0
-        if not shape.joint:
-            x = _product(keys, w2)
-            alone = _scores(x, derivative(x, shape.slope), out)
+        alone = 0.0 if shape.joint else _alone(w2_ref, keys, out, shape)[1]
 
         def of_candidate(n, _):
             i = part * shape.block + n
             q = load(_candidate(q_ref, (b,), i, True, shape)).astype(jnp.float32)
-            kernel, bias = _of_candidate(q, w1, w2, w3, shape)
-            x = _product(keys, kernel) + bias
+            x = _products(_features(q, keys, shape), weights)
             scores = _scores(x, derivative(x, shape.slope), out) + alone
             result = jnp.sum(scores[:, None] * values, axis=0)
             store(_candidate(result_ref, (b, t), i, t < shape.row_blocks, shape), result)
@@ -149,9 +161,9 @@ def _forward_kernel(
 
 def _backward_kernel(
     out_ref,  # [h]
-    w1_ref,  # [d, h]
-    w2_ref,  # [d, h]
-    w3_ref,  # [d, h]
+    w3_ref,  # [h, d]
+    w2_ref,  # [h, d]
+    w1_ref,  # [h, d]
     q_ref,  # [B, C, d]
     keys_ref,  # [B, K, d]
     values_ref,  # [B, K, d]
@@ -159,76 +171,69 @@ def _backward_kernel(
     dq_ref,  # [B, T, C, d]
     dkeys_ref,  # [B, P, K, d]
     dvalues_ref,  # [B, P, K, d]
-    *dkernel_refs,  # [B, S, P, d, h] of W3, W2 and, in the joint form, W1; all over W_o
+    *dkernel_refs,  # [B, S, P, h, d] of W3, W2 and, in the joint form, W1; all over W_o
     shape: Shape,
     walk: int,
 ):
     part, split, b = (pl.program_id(axis) for axis in range(3))
     out = _out(out_ref, shape)
-    w1, w2, w3 = (load(_kernel(ref, (), shape)) for ref in (w1_ref, w2_ref, w3_ref))
-    first = jnp.where(jnp.arange(power(1))[:, None] == 0, 1.0, 0.0)  # [16, 1]
+    dtype = keys_ref.dtype
+    weights = _weights((w3_ref, w2_ref, w1_ref), dtype, shape)
+    w3_out, w2_out, w1_out = (
+        (load(_kernel(ref, (), shape)) * out[:, None]).astype(dtype)
+        for ref in (w3_ref, w2_ref, w1_ref)
+    )
 
     def of_rows(n, dkernels):
         t = split * walk + n
         keys, values = (load(_rows(ref, (b,), t, shape)) for ref in (keys_ref, values_ref))
         values = values.astype(jnp.float32)
-        ones = jnp.broadcast_to(first, (power(1), shape.row_block)).astype(keys.dtype)
-        alone = 0.0
-        if not shape.joint:
-            x = _product(keys, w2)
-            alone = _scores(x, derivative(x, shape.slope), out)
-
-        def of_x(of_scores, slope, kernel):
-            """What x passes on: to the keys [k, d]; to its kernel, over W_o [d, h]; and itself."""
-            g = (of_scores[:, None] * slope).astype(keys.dtype)
-            kernel = (kernel * out[None]).astype(keys.dtype)
-            return dot(g, kernel, (1, 1)), dot(keys, g, (0, 0)), g
+        alone = 0.0 if shape.joint else _alone(w2_ref, keys, out, shape)[1]
 
         def of_candidate(n, sums):
-            dkeys, dvalues, of_alone, (dw3, *dkernels) = sums
+            dkeys, dvalues, of_alone, dkernels = sums
             i = part * shape.block + n
             q, gradient = (
                 load(_candidate(ref, (b,), i, True, shape)).astype(jnp.float32)
                 for ref in (q_ref, gradient_ref)
             )
-            kernel, bias = _of_candidate(q, w1, w2, w3, shape)
-            x = _product(keys, kernel) + bias
+            features = _features(q, keys, shape)
+            x = _products(features, weights)
             slope = derivative(x, shape.slope)
             of_scores = jnp.sum(values * gradient[None], axis=1)
+            g = (of_scores[:, None] * slope).astype(dtype)
             dvalues += (_scores(x, slope, out) + alone)[:, None] * gradient[None]
-            of_keys, of_kernel, g = of_x(of_scores, slope, kernel)
-            dw3 += q[:, None] * of_kernel
-            dq = of_kernel * w3
+            of_scaled = dot(g, w3_out)
+            dkeys += of_scaled * q[None]
+            dq = of_scaled * keys.astype(jnp.float32)
             if shape.joint:
-                dw2, dw1 = dkernels
-                of_bias = jnp.sum(dot(ones, g), axis=0)[None]
-                dq += of_bias * w1
-                dkernels = dw2 + of_kernel, dw1 + q[:, None] * of_bias
+                dkeys += dot(g, w2_out)
+                dq += dot(g, w1_out)
             else:
                 of_alone += of_scores
-            dq = jnp.sum(dq * out[None], axis=1)
-            store(_candidate(dq_ref, (b, t), i, t < shape.row_blocks, shape), dq)
-            return dkeys + of_keys, dvalues, of_alone, (dw3, *dkernels)
+            store(_candidate(dq_ref, (b, t), i, t < shape.row_blocks, shape), jnp.sum(dq, axis=0))
+            own = [w + dot(g, x, TN) for w, x in zip(dkernels, features, strict=False)]
+            return dkeys, dvalues, of_alone, (*own, *dkernels[len(own) :])
 
         zeros = jnp.zeros(keys.shape, jnp.float32)
         sums = (zeros, zeros, jnp.zeros(len(keys), jnp.float32), dkernels)
         sums = jax.lax.fori_loop(0, shape.block, of_candidate, sums)
         dkeys, dvalues, of_alone, dkernels = sums
         if not shape.joint:
-            x = _product(keys, w2)
-            of_keys, of_kernel, _ = of_x(of_alone, derivative(x, shape.slope), w2)
-            dkeys, dkernels = dkeys + of_keys, (dkernels[0], dkernels[1] + of_kernel)
+            g = (of_alone[:, None] * _alone(w2_ref, keys, out, shape)[0]).astype(dtype)
+            dkeys += dot(g, w2_out)
+            dkernels = dkernels[0], dkernels[1] + dot(g, keys, TN)
         store(_rows(dkeys_ref, (b, part), t, shape), dkeys)
         store(_rows(dvalues_ref, (b, part), t, shape), dvalues)
         return dkernels
 
-    start = (jnp.zeros(w3.shape, jnp.float32),) * len(dkernel_refs)
+    start = (jnp.zeros(w3_out.shape, jnp.float32),) * len(dkernel_refs)
     dkernels = jax.lax.fori_loop(0, walk, of_rows, start)
     for ref, dkernel in zip(dkernel_refs, dkernels, strict=True):
         store(_kernel(ref, (b, split, part), shape), dkernel)
 
 
-def _shape(query, keys, weights: Weights, joint: bool, slope: float, block: int, blocks: Blocks):
+def _shape(query, keys, hidden: int, joint: bool, slope: float, block: int, blocks: Blocks):
     """What the kernels know, of `block` candidates per program, and a program's blocks of rows."""
     batch, candidates, width = query.shape
     shape = Shape(
@@ -237,13 +242,19 @@ def _shape(query, keys, weights: Weights, joint: bool, slope: float, block: int,
         rows=keys.shape[1],
         row_block=min(power(keys.shape[1]), power(blocks.rows)),
         width=width,
-        hidden=len(weights.out),
+        hidden=hidden,
         joint=joint,
         slope=slope,
     )
     least = pl.cdiv(LEAST_PAIRS, shape.row_block * block)
     wanted = pl.cdiv(PROGRAMS, batch * shape.candidate_blocks)
     return shape, min(shape.row_blocks, max(least, pl.cdiv(shape.row_blocks, wanted)))
+
+
+def _arrays(weights: Weights) -> tuple[jax.Array, ...]:
+    """W_o [h] and W3, W2, W1 [h, d], float32."""
+    weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
+    return weights.out, weights.of_product.T, weights.of_key.T, weights.of_query.T
 
 
 def _call(kernel, grid, outputs, interpret, name: str):
@@ -271,34 +282,34 @@ def _sum(parts) -> jax.Array:
 
 def forward(query, keys, values, weights, *, joint, slope, blocks: Blocks, interpret: bool):
     """sum_k s_k values_k [B, C, d] of checked arguments, without the split form's first term."""
-    weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
+    out, *kernels = _arrays(weights)
     batch, candidates, width = query.shape
     block = min(candidates, blocks.candidates)
-    shape, walk = _shape(query, keys, weights, joint, slope, block, blocks)
+    shape, walk = _shape(query, keys, len(out), joint, slope, block, blocks)
     parts = _call(
         functools.partial(_forward_kernel, shape=shape, walk=walk),
         (shape.candidate_blocks, pl.cdiv(shape.row_blocks, walk), batch),
         _parts(query.dtype, batch, shape.row_blocks, candidates, width),
         interpret,
         "absorbed_target_attention_forward",
-    )(weights.out, weights.of_query, weights.of_key, weights.of_product, query, keys, values)
+    )(out, *kernels, query, keys, values)
     return _sum(parts).astype(query.dtype)
 
 
 def backward(query, keys, values, weights, dout, *, joint, slope, blocks: Blocks, interpret: bool):
     """Gradients of query, keys, values and weights, given that of the result."""
-    weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
+    out, *kernels = _arrays(weights)
     batch, candidates, width = query.shape
-    shape, walk = _shape(query, keys, weights, joint, slope, candidates, blocks)
+    shape, walk = _shape(query, keys, len(out), joint, slope, candidates, blocks)
     programs = batch * pl.cdiv(shape.row_blocks, walk)
     if programs < LEAST_PROGRAMS and candidates > blocks.candidates:
         most = pl.cdiv(candidates, blocks.candidates)
         block = pl.cdiv(candidates, min(most, pl.cdiv(LEAST_PROGRAMS, programs)))
-        shape, walk = _shape(query, keys, weights, joint, slope, block, blocks)
+        shape, walk = _shape(query, keys, len(out), joint, slope, block, blocks)
     splits = pl.cdiv(shape.row_blocks, walk)
     of_rows = _parts(keys.dtype, batch, shape.candidate_blocks, shape.rows, width)
-    of_weights = (batch, splits, shape.candidate_blocks, width, shape.hidden)
-    used = (weights.of_product, weights.of_key, weights.of_query)[: 3 if joint else 2]
+    of_weights = (batch, splits, shape.candidate_blocks, shape.hidden, width)
+    used = kernels if joint else kernels[:2]
     dq, dkeys, dvalues, *dkernels = _call(
         functools.partial(_backward_kernel, shape=shape, walk=walk),
         (shape.candidate_blocks, splits, batch),
@@ -310,9 +321,9 @@ def backward(query, keys, values, weights, dout, *, joint, slope, blocks: Blocks
         ],
         interpret,
         "absorbed_target_attention_backward",
-    )(weights.out, weights.of_query, weights.of_key, weights.of_product, query, keys, values, dout)
+    )(out, *kernels, query, keys, values, dout)
     dkernels = [x.sum((0, 1, 2)) for x in dkernels]
-    dunits = sum(jnp.sum(w * x, axis=0) for w, x in zip(used, dkernels, strict=True))
-    dw3, dw2, *dw1 = (x * weights.out for x in dkernels)
+    dunits = sum(jnp.sum(w * x, axis=1) for w, x in zip(used, dkernels, strict=True))
+    dw3, dw2, *dw1 = (x.T * out for x in dkernels)
     dw1 = dw1[0] if joint else jnp.zeros_like(dw2)
     return _sum(dq), _sum(dkeys), _sum(dvalues), Weights(dw1, dw2, dw3, dunits)
