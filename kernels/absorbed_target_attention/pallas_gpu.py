@@ -1,31 +1,32 @@
 """The kernels for GPUs, through Pallas' Triton lowering: hidden units are an axis of a product.
 
-A candidate t makes a kernel of the weights, M = W2 + diag(t) W3 (split form: diag(t) W3), and of a
-block of rows all hidden units at once,
+A candidate t and a block of rows meet all hidden units at once,
 
-    x = keys M + t W1     [k, h], of which W1 is the joint form's
-    scores = phi(x) W_o   [k]; the split form adds phi(keys W2) W_o, made once per block of rows
+    x = (1 t * keys) W3 + keys W2 + (1 t) W1     [k, h], of which the split form has the first
+    scores = phi(x) W_o                          [k]; the split form adds phi(keys W2) W_o
 
 so a product has k, h and d as its sides: whole tiles of the matrix units however few candidates
-there are. With one candidate there are few requests and many rows; with many there are few rows. So
-a program takes some candidates and walks over `walk` blocks of rows, in each over its candidates.
+there are, and the weights are the same for all, so they stay on chip. A program takes some
+candidates and walks over blocks of rows (a walk), in each over its candidates.
 
-The backward pass makes x anew, once. With g [k, h] the gradient of phi's result over W_o, times
-phi'(x), a candidate needs keys^T g [d, h] and the sums of g's columns [h]: with W_o and t these
-are the gradients of M and t W1. W_o's own comes with them: phi(x) = phi'(x) x, so it is the sum over
-d of each weight times its gradient over W_o, and the kernel does not make it.
+The backward pass makes x anew, once. With g [k, h] = phi'(x) times the gradient of the scores,
+
+    dkeys, dt   from g (W_o * W_i)^T       [k, d], of each i
+    dW_i        W_o * what x has of W_i, transposed, times g: three products that add up on chip
+    dW_o        phi(x) = phi'(x) x, so the sum over i and d of W_i * dW_i / W_o: XLA's
 
 What programs add up leaves the chip as float32 parts, and XLA adds them: no atomics, two runs give
-equal bits. At d = 16, h = 64 a block of 128 rows reads 8 KB (bfloat16), and
+equal bits. At d = 16, h = 64 a block of 64 rows reads 4 KB (bfloat16), and
 
-    result, dt        64 bytes per candidate and block of rows: from a program for each, directly
-    dW1, dW2, dW3     12 KB per program: so a program takes LEAST_PAIRS rows x candidates or more
-    dkeys, dvalues    8 KB each per block of rows and block of candidates; none of one block: so
-                      candidates are split only where rows do not give LEAST_PROGRAMS
+    result, dt      64 bytes per candidate and block of rows: written by each, so no sums on chip
+    dW_i            12 KB per program: so a program takes LEAST_PAIRS rows x candidates or more
+    dkeys, dvalues  8 KB per block of rows and of candidates, 4 KB and no sum where candidates are
+                    one block: so they are split only where rows do not give LEAST_PROGRAMS
 
-Blocks are padded to powers of 2 (16 at least, for the matrix units) by masked loads, so nothing is
-padded in memory. A padded unit has W_o = 0; a padded row has values of 0 and a padded candidate a
-gradient of 0, so both have g = 0.
+Narrow products round t * keys and g, and no weight of x: each is two numbers. Blocks are padded to
+powers of 2 (16 at least, for the matrix units) by masked loads, so nothing is padded in memory. A
+padded unit has W_o = 0; a padded row has values of 0 and a padded candidate a gradient of 0, so
+both have g = 0.
 
 Axis letters: B requests, C candidates, K rows, k of a block, d model width, h hidden units; P
 blocks of candidates, T blocks of rows, S walks over them.
@@ -234,7 +235,7 @@ def _backward_kernel(
 
 
 def _shape(query, keys, hidden: int, joint: bool, slope: float, block: int, blocks: Blocks):
-    """What the kernels know, of `block` candidates per program, and a program's blocks of rows."""
+    """What the kernels know, of `block` candidates per program, and blocks of rows of a walk."""
     batch, candidates, width = query.shape
     shape = Shape(
         candidates=candidates,
