@@ -20,7 +20,7 @@ class Blocks(NamedTuple):
 
 
 DEFAULT = {"pallas_tpu": Blocks(128, 512), "pallas_gpu": Blocks(8, 64)}
-# More rows take more registers than there are.
+# Three TF32 products each: twice the registers of a row, of which the backward pass has too few.
 OF_FLOAT32 = {"pallas_tpu": Blocks(128, 512), "pallas_gpu": Blocks(8, 32)}
 TABLE: dict[str, dict[tuple[str, str, int], Blocks]] = {"pallas_tpu": {}, "pallas_gpu": {}}
 

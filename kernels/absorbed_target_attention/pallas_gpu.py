@@ -118,7 +118,7 @@ def _scores(x, slope, out) -> jax.Array:
 
 
 def _alone(w2_ref, keys, out, shape: Shape):
-    """The split form's second term, of rows alone: what x, phi' and the scores are of it."""
+    """The split form's second term, of rows alone: phi' [k, h] and the scores [k]."""
     x = _products([keys], _weights([w2_ref], keys.dtype, shape))
     slope = derivative(x, shape.slope)
     return slope, _scores(x, slope, out)
@@ -271,9 +271,9 @@ def _call(kernel, grid, outputs, interpret, name: str):
     )
 
 
-def _parts(dtype, *sizes: int, axis: int = 1) -> jax.ShapeDtypeStruct:
-    """Of a sum over an axis: float32 where it has more than one part."""
-    return jax.ShapeDtypeStruct(sizes, dtype if sizes[axis] == 1 else jnp.float32)
+def _parts(dtype, *sizes: int) -> jax.ShapeDtypeStruct:
+    """Of a sum over axis 1: float32 where it has more than one part."""
+    return jax.ShapeDtypeStruct(sizes, dtype if sizes[1] == 1 else jnp.float32)
 
 
 def _sum(parts) -> jax.Array:
