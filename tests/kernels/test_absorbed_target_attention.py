@@ -38,7 +38,7 @@ class Case(NamedTuple):
     rows: int
     width: int = 4
     hidden: int = 5
-    blocks: Blocks = Blocks(8, 128)  # of pallas_tpu; of pallas_gpu 16 and 16 at least
+    blocks: Blocks = Blocks(8, 128)
 
 
 CASES = {
@@ -46,9 +46,23 @@ CASES = {
     "one_block": Case(8, 128, hidden=3),
     "blocks_and_one_row": Case(13, 257, width=5),
     "one_row": Case(1, 1),
+    "one_candidate": Case(1, 1100, hidden=20),
+    "few_candidates": Case(5, 700, width=18),
     "wide": Case(17, 130, width=64, hidden=6),
 }
-FAST = ("blocks_and_one_row", "one_row")
+FAST = ("blocks_and_one_row", "one_row", "one_candidate")
+# Programs of pallas_gpu: blocks of candidates, walks over rows, requests.
+GRIDS = {
+    "shorter_than_a_block": ((1, 1, 2), (1, 1, 2)),
+    "blocks_and_one_row": ((2, 3, 2), (2, 3, 2)),
+    "one_candidate": ((1, 3, 2), (1, 3, 2)),
+    "few_candidates": ((1, 6, 2), (1, 6, 2)),
+    "wide": ((3, 2, 2), (3, 2, 2)),
+    "paper_serving": ((64, 2, 8), (16, 2, 8)),
+    "paper_training": ((1, 16, 64), (1, 16, 64)),
+    "movielens": ((1, 1, 256), (1, 1, 256)),
+    "long_16k": ((4, 32, 8), (1, 128, 8)),
+}
 
 
 def draw(case, seed=0, dtype=np.float32):
@@ -163,9 +177,10 @@ def run(case, arguments, form, **how):
 
 
 def check(arguments, got, form):
-    """Float32: the order of sums. Bfloat16 (8 bits, half of 2**-8 lost per rounding): q * w3_j,
-    the gradient of x_j, the scores and the result are rounded, so four halves of 2**-8; where x_j
-    is within its own rounding of 0, phi's slope may be that of the other side."""
+    """Float32: the order of sums. Bfloat16 (8 bits, half of 2**-8 lost per rounding): q * w3_j (of
+    pallas_gpu q * key), the gradient of x_j, what it or the scores meet and the result are rounded,
+    so four halves of 2**-8; where x_j is within its own rounding of 0, phi's slope may be that of
+    the other side."""
     narrow = arguments[0].dtype == jnp.bfloat16
     tolerance, rounding = (2.0**-7, 2.0**-8) if narrow else (2e-6, 1e-6)
     for name, (value, size, near) in expected(*arguments, form, rounding).items():
@@ -266,7 +281,22 @@ def test_no_array_over_candidates_rows_and_hidden_units(implementation):
         return absorbed_target_attention(*arguments, **how).sum()
 
     jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(query, memory, weights)
-    assert max(sizes(jaxpr.jaxpr)) <= max(memory.keys.size, 16 * 128)
+    parts = 4 if implementation == "pallas_gpu" else 1  # of the rows' gradients: 32 / 8 candidates
+    assert max(sizes(jaxpr.jaxpr)) <= max(parts * memory.keys.size, 16 * 128)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_programs_of_a_gpu(name):
+    if name in CASES:
+        case = CASES[name]
+        shape = shapes.Shape(2, *case[:4])
+        calls = shapes.calls(shape, "pallas_gpu", interpret=True, blocks=case.blocks)
+    else:
+        shape = shapes.SHAPES[name]
+        calls = shapes.calls(shape, "pallas_gpu", jnp.bfloat16, interpret=True)
+    for (function, arguments), grid in zip(calls.values(), GRIDS[name], strict=True):
+        text = str(jax.make_jaxpr(function)(*arguments))
+        assert f"grid={grid}" in text
 
 
 @pytest.mark.parametrize(
@@ -306,7 +336,7 @@ def test_compiles_for_tpus(tpu, length, dtype, form):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lowers_for_cuda(name, dtype, form):
     calls = shapes.calls(shapes.SHAPES[name], "pallas_gpu", dtype, form)
-    for way, kernels in (("forward", 1), ("backward", 2)):
+    for way in ("forward", "backward"):
         function, arguments = calls[way]
         text = ahead_of_time.cuda_text(function, *arguments)
-        assert text.count("__gpu$xla.gpu.triton") == kernels
+        assert text.count("__gpu$xla.gpu.triton") == 1
