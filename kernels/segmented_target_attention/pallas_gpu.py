@@ -12,8 +12,6 @@ segments, H heads, Kq and Kv head widths.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +19,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.segmented_target_attention import pallas_gpu_few as few
 from kernels.segmented_target_attention.blocks import Static
+from kernels.segmented_target_attention.pallas_gpu_parts import call, gates_of, like, of_logits
 from kernels.triton import dot, load, power, store
 
 MOST_SOFTMAX_ROWS = 128  # of a segment, which has to fit shared memory: an H200 has none for 256
-HIDDEN = -1e30  # a logit that is not visible
 
 
 class Shape(NamedTuple):
@@ -96,17 +95,8 @@ def _visible(mask_ref, b, s, part, shape: Shape) -> jax.Array:
 
 
 def _gates(q, k, bias, visible, shape: Shape):
-    """q [c, Kq], k [l, Kq], visible [l] -> gates [c, l], and their derivative over them: what the
-    gradient of a gate is multiplied with, beside the gate, to be that of its logit."""
-    logits = dot(q, k.T) * shape.scale + bias
-    if not shape.softmax:
-        sigmoid = jax.nn.sigmoid(logits)
-        return jnp.where(visible[None], sigmoid, 0.0), 1 - sigmoid
-    logits = jnp.where(visible[None], logits, HIDDEN)
-    peak = jnp.max(logits, axis=1)
-    weights = jnp.where(visible[None], jnp.exp(logits - peak[:, None]), 0.0)
-    total = jnp.sum(weights, axis=1)
-    return weights / jnp.where(total > 0, total, 1.0)[:, None], 1.0
+    """q [c, Kq], k [l, Kq], visible [l] -> gates [c, l] and their derivative, of gates_of."""
+    return gates_of(dot(q, k.T) * shape.scale + bias, visible[None], 1, shape.softmax)
 
 
 def _forward_kernel(
@@ -138,10 +128,7 @@ def _forward_kernel(
 def _of_logits(q, k, v, dz, bias, visible, shape: Shape):
     """The gates, and the gradient of the logits without their scale: both [c, l]."""
     gates, slope = _gates(q, k, bias, visible, shape)
-    of_gates = dot(dz, v.T)
-    if shape.softmax:
-        of_gates -= jnp.sum(gates * of_gates, axis=1)[:, None]
-    return gates, of_gates * gates * slope
+    return gates, of_logits(gates, slope, dot(dz, v.T), 1, shape.softmax)
 
 
 def _rows_kernel(
@@ -225,13 +212,17 @@ def _candidates_kernel(
     plgpu.store(dbias_ref.at[b, row, h], dbias, mask=row < shape.candidates)
 
 
-def _arguments(static: Static, q, k, v, mask, bias):
-    """What the kernels know, and the arguments as they take them."""
+def _few(static: Static, q, k, v) -> bool:
+    widths = (k.shape[3],) if v is None else (k.shape[3], v.shape[3])
+    return few.takes(q.shape[1], static.segment, widths)
+
+
+def _shape(static: Static, q, k, v) -> Shape:
     _, candidates, heads, key_width = q.shape
     tied, v = v is None, k if v is None else v
     length, value_heads, value_width = v.shape[1:]
     segment, blocks = static.segment, static.blocks
-    shape = Shape(
+    return Shape(
         candidates=candidates,
         block=min(power(candidates), power(blocks.candidates)),
         segment=segment,
@@ -245,52 +236,46 @@ def _arguments(static: Static, q, k, v, mask, bias):
         softmax=static.softmax,
         scale=static.scale,
     )
-    return shape, (q, k, v, mask.astype(jnp.int8), bias.astype(jnp.float32))
-
-
-def _call(kernel, grid, outputs, interpret, name: str):
-    # The lowering, which a caller may start long after this line, warns that it will be replaced.
-    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        out_shape=outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name=name,
-    )
 
 
 def forward(static: Static, q, k, v, mask, bias) -> jax.Array:
     """z [B, C, S, H, Kv] of checked arguments."""
-    shape, arguments = _arguments(static, q, k, v, mask, bias)
+    bias = bias.astype(jnp.float32)
+    if _few(static, q, k, v):
+        return few.forward(static, q, k, v, mask, bias)
+    shape = _shape(static, q, k, v)
     sums = (len(q), shape.candidates, shape.segments, shape.heads, shape.value_width)
-    return _call(
-        functools.partial(_forward_kernel, shape=shape),
+    return call(
+        _forward_kernel,
+        shape,
         (shape.segments * shape.candidate_blocks, shape.heads, len(q)),
         jax.ShapeDtypeStruct(sums, q.dtype),
-        static.interpret,
-        "segmented_target_attention_forward",
-    )(*arguments)
+        static,
+        "forward",
+    )(q, k, k if v is None else v, mask.astype(jnp.int8), bias)
 
 
 def backward(static: Static, q, k, v, mask, bias, dz):
     """Gradients of q, k, v (None without it) and bias, given that of z."""
-    shape, arguments = _arguments(static, q, k, v, mask, bias)
-    arguments = (*arguments, dz)
-    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v) if x is not None]
-    dk, *dv = _call(
-        functools.partial(_rows_kernel, shape=shape),
+    bias = bias.astype(jnp.float32)
+    if _few(static, q, k, v):
+        return few.backward(static, q, k, v, mask, bias, dz)
+    shape = _shape(static, q, k, v)
+    arguments = (q, k, k if v is None else v, mask.astype(jnp.int8), bias, dz)
+    dk, *dv = call(
+        _rows_kernel,
+        shape,
         (shape.segments * shape.parts, shape.value_heads, len(q)),
-        like[1:],
-        static.interpret,
-        "segmented_target_attention_backward_rows",
+        like(k, v),
+        static,
+        "backward_rows",
     )(*arguments)
-    dq, dbias = _call(
-        functools.partial(_candidates_kernel, shape=shape),
+    dq, dbias = call(
+        _candidates_kernel,
+        shape,
         (shape.candidate_blocks, shape.heads, len(q)),
-        [like[0], jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)],
-        static.interpret,
-        "segmented_target_attention_backward_candidates",
+        [*like(q), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)],
+        static,
+        "backward_candidates",
     )(*arguments)
     return dq, dk, dv[0] if dv else None, dbias.sum((0, 1))
