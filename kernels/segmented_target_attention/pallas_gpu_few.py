@@ -24,12 +24,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.segmented_target_attention.blocks import Static
-from kernels.segmented_target_attention.pallas_gpu_parts import call, gates_of, like, of_logits
+from kernels.segmented_target_attention.pallas_gpu_parts import (
+    call,
+    gates_of,
+    gradient_of_logits,
+    like,
+)
 from kernels.triton import load, store
 
 MANY = 16  # candidates, which fill a block of the matrix units
-NUMBERS = 4096  # of the keys and values of a program
-MOST_NUMBERS = 16384  # of those of one segment
+# Of keys and values of a program of NARROW warps, where one query alone meets a row, and half where
+# gradients of several are summed in registers: none of the named shapes spills them. More warps
+# have fewer bytes on their way. A longer segment, of twice as many at most, takes WIDE warps.
+NUMBERS = 6144
+NARROW, WIDE = 2, 8
 
 
 class Shape(NamedTuple):
@@ -46,6 +54,7 @@ class Shape(NamedTuple):
     tied: bool  # one head of keys, which are the values
     softmax: bool
     scale: float
+    warps: int
 
     @property
     def programs(self) -> int:
@@ -66,19 +75,30 @@ class Shape(NamedTuple):
         return jnp.int32(0) if self.tied else h
 
 
-def takes(candidates: int, segment: int, widths: tuple[int, ...]) -> bool:
-    """Whether candidates are few, and a segment of keys and values of these widths fits."""
-    return candidates < MANY and _numbers(segment, widths) <= MOST_NUMBERS
+class Size(NamedTuple):
+    """Of blocks of keys and values."""
+
+    segment: int  # numbers of one
+    most: int  # numbers of a program of several
 
 
-def _numbers(segment: int, widths: tuple[int, ...]) -> int:
-    return pl.next_power_of_2(segment) * sum(pl.next_power_of_2(width) for width in widths)
+def _size(static: Static, q, k, v) -> Size:
+    widths = k.shape[3:] if v is None else (k.shape[3], v.shape[3])
+    numbers = pl.next_power_of_2(static.segment) * sum(map(pl.next_power_of_2, widths))
+    queries = q.shape[1] * q.shape[2] // (k if v is None else v).shape[2]
+    return Size(numbers, NUMBERS if queries == 1 else NUMBERS // 2)
 
 
-def _group(segments: int, segment: int, widths: tuple[int, ...], most_rows: int) -> int:
-    """G, a power of 2: as many segments as NUMBERS and `most_rows` allow, and no more than are."""
-    rows = pl.next_power_of_2(segment)
-    most = max(1, min(NUMBERS // _numbers(segment, widths), most_rows // rows))
+def takes(static: Static, q, k, v) -> bool:
+    """Whether candidates are few and a segment fits."""
+    size = _size(static, q, k, v)
+    return q.shape[1] < MANY and size.segment <= 2 * size.most
+
+
+def _group(size: Size, static: Static, segments: int) -> int:
+    """G, a power of 2: what fits, of blocks.rows rows at most, and no more than are."""
+    rows = pl.next_power_of_2(static.segment)
+    most = max(1, min(size.most // size.segment, static.blocks.rows // rows))
     return min(pl.next_power_of_2(segments), pl.next_power_of_2(most + 1) // 2)
 
 
@@ -197,7 +217,7 @@ def _backward_kernel(
             dz = load(_sums(dz_ref, place, c, h, shape)).astype(jnp.float32)
             gates, slope = _gates(q, k, bias, visible, shape)
             of_gates = jnp.sum(v.astype(jnp.float32) * dz[None], 2)
-            logits = of_logits(gates, slope, of_gates, 0, shape.softmax)
+            logits = gradient_of_logits(gates, slope, of_gates, 0, shape.softmax)
             dq = jnp.sum(jnp.sum(logits[:, :, None] * k.astype(jnp.float32), 0) * shape.scale, 0)
             store(_query(dq_ref, place.b, p, c, h, shape=shape), dq)
             dbias_ref[place.b, p, c, h] = jnp.sum(jnp.sum(logits, 0), 0)
@@ -217,13 +237,12 @@ def _shape(static: Static, q, k, v) -> Shape:
     _, candidates, heads, key_width = q.shape
     tied, v = v is None, k if v is None else v
     length, value_heads, value_width = v.shape[1:]
-    segments = length // static.segment
-    widths = (value_width,) if tied else (key_width, value_width)
+    segments, size = length // static.segment, _size(static, q, k, None if tied else v)
     return Shape(
         candidates=candidates,
         segment=static.segment,
         segments=segments,
-        group=_group(segments, static.segment, widths, static.blocks.rows),
+        group=_group(size, static, segments),
         heads=heads,
         value_heads=value_heads,
         key_width=key_width,
@@ -231,6 +250,7 @@ def _shape(static: Static, q, k, v) -> Shape:
         tied=tied,
         softmax=static.softmax,
         scale=static.scale,
+        warps=NARROW if size.segment <= size.most else WIDE,
     )
 
 
@@ -245,6 +265,7 @@ def forward(static: Static, q, k, v, mask, bias) -> jax.Array:
         jax.ShapeDtypeStruct(sums, q.dtype),
         static,
         "few_forward",
+        shape.warps,
     )(q, k, k if v is None else v, mask.astype(jnp.int8), bias)
 
 
@@ -263,5 +284,6 @@ def backward(static: Static, q, k, v, mask, bias, dz):
         ],
         static,
         "few_backward",
+        shape.warps,
     )(q, k, k if v is None else v, mask.astype(jnp.int8), bias, dz)
     return dq.sum(1).astype(q.dtype), dk, dv[0] if dv else None, dbias.sum((0, 1, 2))

@@ -30,7 +30,7 @@ def gates_of(logits, visible, axis: int, softmax: bool):
     return weights / jnp.expand_dims(jnp.where(total > 0, total, 1.0), axis), 1.0
 
 
-def of_logits(gates, slope, of_gates, axis: int, softmax: bool) -> jax.Array:
+def gradient_of_logits(gates, slope, of_gates, axis: int, softmax: bool) -> jax.Array:
     """The gradient of the logits; gates and slope are those of gates_of."""
     if softmax:
         of_gates -= jnp.expand_dims(jnp.sum(gates * of_gates, axis), axis)
