@@ -2,11 +2,11 @@
 
 A row of the history meets so few candidates that memory bounds the op, and a block of 16 for the
 matrix units would be padding for the most part. So a program holds several whole segments of one
-head of values, and of the heads that share it, as [w, G, K]: rows of a segment along the first
-axis, which a thread holds by itself, so that a sum over a segment needs no other thread. It loads
-keys and values once, and all candidates go over them. The backward pass makes the gates anew, in
-one kernel that reads and writes everything once; gradients of candidates and of the bias leave it
-as sums over the segments of a program, float32, which XLA adds up. No atomics: two runs give equal
+head of values, and of the heads that share it, as [w, G, K]: threads go along K and G first, so
+that a sum over a segment is one over a thread's own numbers and hardly over threads. It loads keys
+and values once, and all candidates go over them. The backward pass makes the gates anew, in one
+kernel that reads and writes everything once; gradients of candidates and of the bias leave it as
+sums over the segments of a program, float32, which XLA adds up. No atomics: two runs give equal
 bits. All arithmetic is float32.
 
 Axis letters: B requests, C candidates, L history length, S segments, w rows of a segment, G
@@ -16,7 +16,7 @@ and K are padded to powers of 2 by masked loads.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,6 @@ class Shape(NamedTuple):
     def sharing(self) -> int:
         """Heads per head of values."""
         return self.heads // self.value_heads
-
-    def of_key(self, h: Any) -> Any:
-        return jnp.int32(0) if self.tied else h
 
 
 class Size(NamedTuple):
