@@ -1,10 +1,11 @@
-"""The kernels for GPUs, through Pallas' Triton lowering.
+"""The kernels for GPUs, through Pallas' Triton lowering; few candidates: pallas_gpu_few.py.
 
 A program holds a block of candidates and walks over segments, each in blocks of rows that never
 cross a segment's end; blocks are padded to powers of 2 (16 at least, for the matrix units) by
 masked loads, so nothing is padded in memory. The backward pass makes the gates anew, twice: once
-per block of rows for dk and dv, once per block of candidates for dq and dbias. No atomics: two runs
-give equal bits. A softmax takes blocks that hold a whole segment.
+per block of rows for dk and dv, once per block of candidates for dq and dbias, of which each has
+several programs along the history where it would not fill a GPU: float32 sums that XLA adds up. No
+atomics: two runs give equal bits. A softmax takes blocks that hold a whole segment.
 
 Axis letters: B requests, C candidates, c of a block, L history length, l rows of a block, S
 segments, H heads, Kq and Kv head widths.
@@ -12,8 +13,6 @@ segments, H heads, Kq and Kv head widths.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +20,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.segmented_target_attention import pallas_gpu_few as few
 from kernels.segmented_target_attention.blocks import Static
+from kernels.segmented_target_attention.pallas_gpu_parts import (
+    call,
+    gates_of,
+    gradient_of_logits,
+    like,
+)
 from kernels.triton import dot, load, power, store
 
+PROGRAMS = 512  # at least, where a history can be split: a GPU has 100 to 150 multiprocessors
 MOST_SOFTMAX_ROWS = 128  # of a segment, which has to fit shared memory: an H200 has none for 256
-HIDDEN = -1e30  # a logit that is not visible
 
 
 class Shape(NamedTuple):
@@ -43,10 +49,16 @@ class Shape(NamedTuple):
     tied: bool  # one head of keys, which are the values
     softmax: bool
     scale: float
+    per_split: int  # segments of a program for the gradients of candidates
 
     @property
     def candidate_blocks(self) -> int:
         return -(-self.candidates // self.block)
+
+    @property
+    def splits(self) -> int:
+        """Programs along a history for the gradients of candidates."""
+        return -(-self.segments // self.per_split)
 
     def of_key(self, h: Any) -> Any:
         return jnp.int32(0) if self.tied else h
@@ -96,17 +108,8 @@ def _visible(mask_ref, b, s, part, shape: Shape) -> jax.Array:
 
 
 def _gates(q, k, bias, visible, shape: Shape):
-    """q [c, Kq], k [l, Kq], visible [l] -> gates [c, l], and their derivative over them: what the
-    gradient of a gate is multiplied with, beside the gate, to be that of its logit."""
-    logits = dot(q, k.T) * shape.scale + bias
-    if not shape.softmax:
-        sigmoid = jax.nn.sigmoid(logits)
-        return jnp.where(visible[None], sigmoid, 0.0), 1 - sigmoid
-    logits = jnp.where(visible[None], logits, HIDDEN)
-    peak = jnp.max(logits, axis=1)
-    weights = jnp.where(visible[None], jnp.exp(logits - peak[:, None]), 0.0)
-    total = jnp.sum(weights, axis=1)
-    return weights / jnp.where(total > 0, total, 1.0)[:, None], 1.0
+    """q [c, Kq], k [l, Kq], visible [l] -> gates [c, l] and their derivative, of gates_of."""
+    return gates_of(dot(q, k.T) * shape.scale + bias, visible[None], 1, shape.softmax)
 
 
 def _forward_kernel(
@@ -138,10 +141,7 @@ def _forward_kernel(
 def _of_logits(q, k, v, dz, bias, visible, shape: Shape):
     """The gates, and the gradient of the logits without their scale: both [c, l]."""
     gates, slope = _gates(q, k, bias, visible, shape)
-    of_gates = dot(dz, v.T)
-    if shape.softmax:
-        of_gates -= jnp.sum(gates * of_gates, axis=1)[:, None]
-    return gates, of_gates * gates * slope
+    return gates, gradient_of_logits(gates, slope, dot(dz, v.T), 1, shape.softmax)
 
 
 def _rows_kernel(
@@ -193,13 +193,14 @@ def _candidates_kernel(
     mask_ref,  # [B, L]
     bias_ref,  # [H]
     dz_ref,  # [B, C, S, H, Kv]
-    dq_ref,  # [B, C, H, Kq]
-    dbias_ref,  # [B, C, H]
+    dq_ref,  # [B, splits, C, H, Kq]
+    dbias_ref,  # [B, splits, C, H]
     *,
     shape: Shape,
 ):
-    """One block of candidates, one head, all rows."""
-    i, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    """One block of candidates, one head, the rows of `per_split` segments."""
+    i, split = pl.program_id(0) // shape.splits, pl.program_id(0) % shape.splits
+    h, b = pl.program_id(1), pl.program_id(2)
     of_value = h if shape.value_heads > 1 else jnp.int32(0)
     q, bias = load(_candidates(q_ref, b, i, (h,), shape, shape.key_width)), bias_ref[h]
 
@@ -219,23 +220,28 @@ def _candidates_kernel(
         return jax.lax.fori_loop(0, shape.parts, of_part, sums)
 
     start = (jnp.zeros(q.shape, jnp.float32), jnp.zeros((shape.block,), jnp.float32))
-    dq, dbias = jax.lax.fori_loop(0, shape.segments, of_segment, start)
-    store(_candidates(dq_ref, b, i, (h,), shape, shape.key_width), dq)
-    row = i * shape.block + jnp.arange(shape.block)
-    plgpu.store(dbias_ref.at[b, row, h], dbias, mask=row < shape.candidates)
+    first = split * shape.per_split
+    last = jnp.minimum(first + shape.per_split, shape.segments)
+    dq, dbias = jax.lax.fori_loop(first, last, of_segment, start)
+    row, c = i * shape.block, shape.candidates
+    store(_block(dq_ref, (b, split), row, shape.block, c, (h,), shape.key_width), dq)
+    row += jnp.arange(shape.block)
+    plgpu.store(dbias_ref.at[b, split, row, h], dbias, mask=row < c)
 
 
-def _arguments(static: Static, q, k, v, mask, bias):
-    """What the kernels know, and the arguments as they take them."""
+def _shape(static: Static, q, k, v) -> Shape:
     _, candidates, heads, key_width = q.shape
     tied, v = v is None, k if v is None else v
     length, value_heads, value_width = v.shape[1:]
     segment, blocks = static.segment, static.blocks
-    shape = Shape(
+    segments = length // segment
+    block = min(power(candidates), power(blocks.candidates))
+    splits = -(-PROGRAMS // (len(q) * heads * -(-candidates // block)))
+    return Shape(
         candidates=candidates,
-        block=min(power(candidates), power(blocks.candidates)),
+        block=block,
         segment=segment,
-        segments=length // segment,
+        segments=segments,
         rows=power(segment) if static.softmax else min(power(segment), power(blocks.rows)),
         heads=heads,
         value_heads=value_heads,
@@ -244,53 +250,52 @@ def _arguments(static: Static, q, k, v, mask, bias):
         tied=tied,
         softmax=static.softmax,
         scale=static.scale,
-    )
-    return shape, (q, k, v, mask.astype(jnp.int8), bias.astype(jnp.float32))
-
-
-def _call(kernel, grid, outputs, interpret, name: str):
-    # The lowering, which a caller may start long after this line, warns that it will be replaced.
-    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        out_shape=outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name=name,
+        per_split=-(-segments // splits),
     )
 
 
 def forward(static: Static, q, k, v, mask, bias) -> jax.Array:
     """z [B, C, S, H, Kv] of checked arguments."""
-    shape, arguments = _arguments(static, q, k, v, mask, bias)
+    bias = bias.astype(jnp.float32)
+    if few.takes(static, q, k, v):
+        return few.forward(static, q, k, v, mask, bias)
+    shape = _shape(static, q, k, v)
     sums = (len(q), shape.candidates, shape.segments, shape.heads, shape.value_width)
-    return _call(
-        functools.partial(_forward_kernel, shape=shape),
+    return call(
+        _forward_kernel,
+        shape,
         (shape.segments * shape.candidate_blocks, shape.heads, len(q)),
         jax.ShapeDtypeStruct(sums, q.dtype),
-        static.interpret,
-        "segmented_target_attention_forward",
-    )(*arguments)
+        static,
+        "forward",
+    )(q, k, k if v is None else v, mask.astype(jnp.int8), bias)
 
 
 def backward(static: Static, q, k, v, mask, bias, dz):
     """Gradients of q, k, v (None without it) and bias, given that of z."""
-    shape, arguments = _arguments(static, q, k, v, mask, bias)
-    arguments = (*arguments, dz)
-    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v) if x is not None]
-    dk, *dv = _call(
-        functools.partial(_rows_kernel, shape=shape),
+    bias = bias.astype(jnp.float32)
+    if few.takes(static, q, k, v):
+        return few.backward(static, q, k, v, mask, bias, dz)
+    shape = _shape(static, q, k, v)
+    arguments = (q, k, k if v is None else v, mask.astype(jnp.int8), bias, dz)
+    dk, *dv = call(
+        _rows_kernel,
+        shape,
         (shape.segments * shape.parts, shape.value_heads, len(q)),
-        like[1:],
-        static.interpret,
-        "segmented_target_attention_backward_rows",
+        like(k, v),
+        static,
+        "backward_rows",
     )(*arguments)
-    dq, dbias = _call(
-        functools.partial(_candidates_kernel, shape=shape),
-        (shape.candidate_blocks, shape.heads, len(q)),
-        [like[0], jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)],
-        static.interpret,
-        "segmented_target_attention_backward_candidates",
+    partial = (len(q), shape.splits, *q.shape[1:])
+    dq, dbias = call(
+        _candidates_kernel,
+        shape,
+        (shape.splits * shape.candidate_blocks, shape.heads, len(q)),
+        [
+            jax.ShapeDtypeStruct(partial, jnp.float32),
+            jax.ShapeDtypeStruct(partial[:-1], jnp.float32),
+        ],
+        static,
+        "backward_candidates",
     )(*arguments)
-    return dq, dk, dv[0] if dv else None, dbias.sum((0, 1))
+    return dq.sum(1).astype(q.dtype), dk, dv[0] if dv else None, dbias.sum((0, 1, 2))

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import ahead_of_time
-from kernels.segmented_target_attention import segmented_target_attention, shapes
-from kernels.segmented_target_attention.blocks import Blocks, tiling
+from kernels.segmented_target_attention import pallas_gpu, segmented_target_attention, shapes
+from kernels.segmented_target_attention.blocks import Blocks, Static, tiling
 from tests.kernels.cases import (
     CHECKED,
     IMPLEMENTATIONS,
@@ -36,7 +36,8 @@ class Case(NamedTuple):
     shared: bool = False
     tied: bool = False  # keys are values of all heads
     softmax: bool = False
-    blocks: Blocks = Blocks(8, 16)  # of pallas_tpu; pallas_gpu takes no fewer than 16 candidates
+    # Of pallas_tpu; pallas_gpu takes no fewer than 16 candidates, and has kernels for fewer.
+    blocks: Blocks = Blocks(8, 16)
 
 
 CASES = {
@@ -54,10 +55,19 @@ CASES = {
     "softmax_of_long_segments": Case(17, 40, 20, shared=True, softmax=True),
     "softmax_of_one": Case(1, 1, 1, softmax=True),
     "softmax_tied": Case(9, 33, 11, key_width=16, tied=True, softmax=True),
+    "few": Case(1, 130, 10, key_width=16, value_width=64, blocks=Blocks(16, 64)),
+    "few_shared": Case(5, 65, 5, heads=3, shared=True, blocks=Blocks(16, 64)),
+    "few_tied": Case(5, 60, 10, heads=3, key_width=9, tied=True, blocks=Blocks(16, 32)),
+    "few_softmax": Case(5, 65, 5, shared=True, softmax=True, blocks=Blocks(16, 64)),
+    "few_of_one_row": Case(1, 37, 1, softmax=True),
+    "few_of_long_segments": Case(1, 300, 100, key_width=30, value_width=20),
+    "few_of_segments_too_long": Case(3, 400, 200, key_width=30, value_width=70),
+    "as_many_as_few_can_be": Case(15, 60, 10, shared=True, blocks=Blocks(16, 32)),
+    "as_few_as_many_can_be": Case(16, 60, 10, shared=True, blocks=Blocks(16, 32)),
     "softmax_paper": Case(19, 130, 10, 2, 64, tied=True, softmax=True, blocks=Blocks(16, 64)),
 }
 FAST = ("blocks_and_one_segment", "segments_of_blocks", "one_behaviour", "tied", "softmax",
-        "softmax_tied")  # fmt: skip
+        "softmax_tied", "few", "few_shared", "few_tied")  # fmt: skip
 
 
 def draw(case, seed=0, dtype=np.float32):
@@ -160,8 +170,9 @@ def test_equals_the_float64_reference_in_more_cases(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_bfloat16_is_rounded_and_no_more(implementation):
-    case = CASES["segments_of_blocks"]
+@pytest.mark.parametrize("name", ["segments_of_blocks", "few_shared"])
+def test_bfloat16_is_rounded_and_no_more(name, implementation):
+    case = CASES[name]
     arguments = draw(case, dtype=jnp.bfloat16)
     got = run(case, arguments, **IMPLEMENTATIONS[implementation])
     assert [got[name].dtype for name in NAMES] == [jnp.bfloat16] * 4 + [jnp.float32]
@@ -187,9 +198,29 @@ def test_no_race_and_nothing_uninitialised_is_read(name, capfd):
     assert "race" not in "".join(capfd.readouterr()).lower()
 
 
+@pytest.mark.parametrize("name", ["segments_of_blocks", "few_shared"])
+def test_float16_on_a_gpu_is_rounded_and_no_more(name):
+    arguments = draw(CASES[name], dtype=jnp.float16)
+    check(CASES[name], arguments, run(CASES[name], arguments, **IMPLEMENTATIONS["pallas_gpu"]))
+
+
+@pytest.mark.parametrize("programs", [60, 120])
+def test_gradients_of_candidates_in_parts_of_a_history(programs, monkeypatch):
+    case = CASES["paper"]
+    monkeypatch.setattr(pallas_gpu, "PROGRAMS", programs)
+    arguments = draw(case)
+    q, k, v, mask, bias, dz = arguments
+    static = Static(case.segment, "sigmoid", case.key_width**-0.5, case.blocks, True)
+    shape = pallas_gpu._shape(static, q, k, v)
+    # 2 blocks of candidates, 2 heads, 3 requests; 13 segments, of which the last part has fewer.
+    assert (shape.splits, shape.per_split) == {60: (5, 3), 120: (7, 2)}[programs]
+    check(case, arguments, run(case, arguments, **IMPLEMENTATIONS["pallas_gpu"]))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_two_runs_give_equal_bits(implementation):
-    case = CASES["segments_of_blocks"]
+@pytest.mark.parametrize("name", ["segments_of_blocks", "few_shared"])
+def test_two_runs_give_equal_bits(name, implementation):
+    case = CASES[name]
     first, second = (run(case, draw(case), **IMPLEMENTATIONS[implementation]) for _ in range(2))
     for name in NAMES:
         np.testing.assert_array_equal(first[name], second[name])
@@ -337,8 +368,21 @@ def test_named_shapes_compile_for_tpu(name, dtype):
 @pytest.mark.parametrize("name", shapes.SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lowers_for_cuda(name, dtype):
-    calls = shapes.calls(shapes.SHAPES[name], "pallas_gpu", dtype)
-    for way, kernels in (("forward", 1), ("backward", 2)):
-        function, arguments = calls[way]
-        text = ahead_of_time.cuda_text(function, *arguments)
-        assert text.count("__gpu$xla.gpu.triton") == kernels
+    shape = shapes.SHAPES[name]
+    assert _cuda_kernels(shape, dtype) == {"forward": 1, "backward": 1 + (shape.candidates > 1)}
+
+
+def _cuda_kernels(shape, dtype=jnp.float32):
+    calls = shapes.calls(shape, "pallas_gpu", dtype).items()
+    texts = {way: ahead_of_time.cuda_text(call, *arguments) for way, (call, arguments) in calls}
+    return {way: text.count("__gpu$xla.gpu.triton") for way, text in texts.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "kernels"),
+    [(dict(candidates=15), 1), (dict(candidates=16), 2), (dict(segment=100), 1),
+     (dict(segment=200), 2)],
+)  # fmt: skip
+def test_few_candidates_have_one_kernel_backward_if_a_segment_fits(change, kernels):
+    shape = shapes.SHAPES["paper"]._replace(**change)
+    assert _cuda_kernels(shape)["backward"] == kernels
