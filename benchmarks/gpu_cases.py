@@ -291,7 +291,8 @@ def _full_attention(shape: evo.Shape, dtype: str, both: bool, bench: Bench) -> l
         width = max(least, shape.width)
         notes += (f"{batch} of {shape.batch} requests",) * (batch < shape.batch)
         notes += (f"heads padded to {width}",) * (width > shape.width)
-        role = "same bias" if bias else "no bias"
+        given = bias and "bias made beforehand" in notes
+        role = "given bias" if given else "same bias" if bias else "no bias"
         shared = (f"{name}, {role}", role, batch, shape.length)
         if isinstance(ask, str):
             torch = dict(kind=ask, bias=bias, backward=both, heads=shape.heads, dtype=dtype,
@@ -327,11 +328,12 @@ def sweep(op: str, shape: Any, dtype: str, bench: Bench) -> dict:
     arguments = functools.cache(lambda batch: draw(op, shape._replace(batch=batch), dtype))
     of_tpu, key = bench.kernel == "pallas_tpu", "block" if op == EVO else "blocks"
     if op == EVO:
-        candidates = (128, 256, 512) if of_tpu else (16, 32, 64, 128)
+        candidates = (128, 256, 512) if of_tpu else (16, 32, 64)
     else:
         kind = SegmentedBlocks if op == STA else AbsorbedBlocks
         rows = (128, 256, 512, 1024) if of_tpu else (32, 64, 128)
-        candidates = [kind(c, r) for c in ((128,) if of_tpu else (16, 32, 64)) for r in rows]
+        queries = (128,) if of_tpu else (16, 64) if op == STA else (4, 8, 16)
+        candidates = [kind(c, r) for c in queries for r in rows]
     candidates = candidates[:1] if bench.small else candidates
 
     def way(size) -> Way:

@@ -41,12 +41,16 @@ class Bench:
     Attributes:
       small: tiny shapes and few rounds, for a host without the device.
       torch_python: an interpreter that may have torch.
+      compiles_only: ways are made and not timed: what is compiled stays in JAX's cache.
+      compile_s: way -> seconds that it took to compile before, of those that the cache has.
       without: way -> why not to make it again. deadline: time.time() after which none is begun.
       tell: told the name of each way before it is made.
     """
 
     small: bool = False
     torch_python: str = sys.executable
+    compiles_only: bool = False
+    compile_s: dict[str, float] = dataclasses.field(default_factory=dict)
     without: dict[str, str] = dataclasses.field(default_factory=dict)
     deadline: float = float("inf")
     tell: Callable[[str], None] = lambda name: None
@@ -198,7 +202,12 @@ def measure(bench: Bench, ways: list[Way]) -> tuple[list[dict], dict[str, Any]]:
         rows.append(row)
         try:
             bench.begin(way.name)
+            if bench.compiles_only:
+                run = JaxRun if way.make else TorchRun
+                row["compile_s"] = run(bench, way, way.batch).compile_s
+                continue
             runs[way.name] = _made(bench, way, row)
+            row["compile_s"] = bench.compile_s.get(way.name, row["compile_s"])
         except LeftOut as reason:
             row["left out"] = str(reason)
         except Exception as error:  # of any compiler or library; all are to be seen

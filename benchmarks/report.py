@@ -65,8 +65,9 @@ def device_table(record: dict) -> str:
         f"{record['date']}; `{'`, `'.join(record['commands'])}`. {checks(record)}",
         "",
         "| op, shape, dtype, pass | kernel, ms | compiling, s | x XLA path "
-        "| x full attention, same bias | x full attention, no bias | of a copy | GFLOP/s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| x full attention, same bias | the same, its bias made beforehand "
+        "| x full attention, no bias | of a copy | GFLOP/s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     apart = {"Without a figure": [], "Of the others": [], "Not compared with": []}
     for entry in of_kind(record, "speed"):
@@ -81,7 +82,7 @@ def device_table(record: dict) -> str:
             apart["Without a figure"].append(f"{name} ({reason(kernel)})")
             continue
         cells = [name, number(kernel["ms"]), f"{kernel['compile_s']:.1f}"]
-        for role in ("xla", "same bias", "no bias", "copy"):
+        for role in ("xla", "same bias", "given bias", "no bias", "copy"):
             cells.append(compared(entry["ratios"].get(role), role))
         operations = kernel.get("operations")
         cells.append(number(operations / kernel["ms"] / 1e6) if operations else "")

