@@ -57,6 +57,7 @@ ENVIRONMENT = {  # of the worker: torch's process needs room on the device besid
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_CLIENT_MEM_FRACTION": "0.7",
     "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # it starts a process for each, in each of ours
 }
 
 
