@@ -195,6 +195,7 @@ def run_all(
       cache, ahead: of `compile_ahead`.
     """
     began = time.time()
+    before = record.pop("ahead_minutes", 0.0)
     until, begin_until = began + seconds, began + seconds - min(WRAP_UP, seconds / 10)
     record["minutes_used"].append(0.0)
     try:
@@ -221,7 +222,7 @@ def run_all(
             if result.get("kind") == "speed":
                 result["ratios"] = ratios(result, rates(record["entries"]))
             record["entries"].append(result)
-            record["minutes_used"][-1] = round((time.time() - began) / 60, 2)
+            record["minutes_used"][-1] = round(before + (time.time() - began) / 60, 2)
             write(record, path)
             print("\n".join(lines(result)), flush=True)
     finally:
@@ -293,7 +294,7 @@ def ratios(result: dict, device: dict[str, float]) -> dict[str, dict]:
     """How many times as fast as each the kernel is, by what it is compared with.
 
     Against full attention, of which the fastest counts, the making of keys is added to the
-    kernel's time. Against a copy of as many bytes: the part of its speed.
+    kernel's time. Against a copy: the part of the speed that a large one has.
     """
     by_role: dict[str, list[dict]] = {}
     for row in result["rows"]:
@@ -309,15 +310,15 @@ def ratios(result: dict, device: dict[str, float]) -> dict[str, dict]:
             out[role] = {"against": best["name"], "ratio": ratio(best, [kernel, *keys])}
             if result["is_goal"]:
                 out[role] |= {"goal": GOALS[role], "met": out[role]["ratio"] >= GOALS[role]}
-    if "copy" in by_role:
-        copy = by_role["copy"][0]
-        out["copy"] = {"against": "copy", "ratio": ratio(copy, [kernel])}
-        product = device.get(f"product, {result['dtype']}")
-        if product and "copy" in device:
-            least = kernel["bytes"] / device["copy"], kernel["operations"] / product
-            out["copy"]["waits_for"] = "bytes" if least[0] >= least[1] else "operations"
-            if least[0] >= least[1]:
-                out["copy"] |= {"goal": COPY_GOAL, "met": out["copy"]["ratio"] >= COPY_GOAL}
+    product = device.get(f"product, {result['dtype']}")
+    if product and "copy" in device and "bytes" in kernel:
+        seconds = kernel["ms"] / 1e3
+        of_bytes = kernel["bytes"] / device["copy"]
+        of_operations = kernel["operations"] / product
+        waits_for = "bytes" if of_bytes >= of_operations else "operations"
+        out["copy"] = {"against": "copy", "ratio": of_bytes / seconds, "waits_for": waits_for}
+        if waits_for == "bytes":
+            out["copy"] |= {"goal": COPY_GOAL, "met": out["copy"]["ratio"] >= COPY_GOAL}
     return out
 
 
@@ -415,6 +416,7 @@ def main(argv: list[str] | None = None) -> None:
             worker, seconds = None, AHEAD * 60 * args.minutes
             ahead = compile_ahead(todo, args.processes, seconds, options, cache)
             record["compiled_by"] = args.processes
+            record["ahead_minutes"] = (time.time() - began) / 60
         seconds = 60 * args.minutes + began - time.time()
         how = dict(cache=cache, ahead=ahead) if args.processes else dict(worker=worker)
         run_all(todo, record, path, seconds, options, **how)

@@ -79,6 +79,7 @@ def device_table(record: dict) -> str:
                 apart["Of the others"].append(f"{row['name']}: {row['note']}")
         kernel = rows[0]
         if "ms" not in kernel:
+            name = " ".join(name.split()[:2])  # its dtypes and passes mostly share their reason
             apart["Without a figure"].append(f"{name} ({reason(kernel)})")
             continue
         cells = [name, number(kernel["ms"]), f"{kernel['compile_s']:.1f}"]
@@ -154,14 +155,14 @@ def block_lines(record: dict) -> list[str]:
     return out
 
 
-def judged(records: list[dict], op: str, platform: str) -> tuple[bool, str]:
-    """Whether the kernel is to be the default of the platform, and why."""
+def judged(records: list[dict], op: str, device: str) -> tuple[bool, str]:
+    """Whether the kernel is to be the default of the device, and why."""
     compared_with, against = [], []
-    for record in [r for r in records if r["platform"] == platform]:
+    for record in [r for r in records if r["device"] == device]:
         for entry in record["entries"]:
             if entry["name"].split()[1:2] != [op] or entry["name"].startswith("blocks"):
                 continue
-            name = f"{entry['name']} on {record['device']}"
+            name = entry["name"]
             rows = entry.get("rows", [])
             made = any(row["role"] == "kernel" and "ms" in row for row in rows)
             if entry["status"] == "left out" or any("left out" in row for row in rows[:2]):
@@ -184,17 +185,19 @@ def judged(records: list[dict], op: str, platform: str) -> tuple[bool, str]:
 
 
 def preferred_table(records: list[dict]) -> str:
-    """The default of each op and platform, by measurement and in the code."""
-    out = ["| op | platform | default by measurement | `PREFERRED` in its api.py |",
+    """The default of each op and device, by measurement and in the code."""
+    out = ["| op | device | default by measurement | `PREFERRED` in its api.py |",
            "|---|---|---|---|"]  # fmt: skip
     for op in OPS:
         in_code = importlib.import_module(f"kernels.{op}.api").PREFERRED
-        for platform, kernel in PLATFORMS.items():
-            is_kernel, why = judged(records, op, platform)
-            says = next(iter(in_code.get(platform, ())), "xla")
-            wanted = kernel if is_kernel else "xla"
+        platforms = {record["device"]: record["platform"] for record in records}
+        for device in sorted({*platforms, *in_code}):
+            is_kernel, why = judged(records, op, device)
+            says = next(iter(in_code.get(device, ())), "xla")
+            wanted = PLATFORMS[platforms[device]] if is_kernel else "xla"
             differs = "" if says == wanted else ": **to be changed**"
-            out.append(f"| {op} | {platform} | {wanted} ({why}) | {says}{differs} |")
+            out.append(f"| {op} | {device} | {wanted} ({why}) | {says}{differs} |")
+        out.append(f"| {op} | every other | xla ({NOT_MEASURED}) | xla |")
     return "\n".join(out)
 
 

@@ -1,7 +1,7 @@
 """Which implementation of an op runs, and in which block sizes.
 
 An op says what cannot run here (`refusals`, each with its reason) and what has been shown to beat
-XLA on which platform (`preferred`). A named implementation that cannot run raises; a choice left
+XLA on which device (`preferred`). A named implementation that cannot run raises; a choice left
 open falls back to XLA. `scope` sets the choice, and the mesh axes that hold the batch, for all ops
 called in it.
 
@@ -146,9 +146,9 @@ def choose(
     Args:
       op: its name, for messages.
       implementation: one of IMPLEMENTATIONS; None does as the scope says, of whose CHOICES "auto"
-        takes the first of `preferred[platform()]` that is not refused, else "xla".
+        takes the first of `preferred[device_kind()]` that is not refused, else "xla".
       refusals: implementation -> why it cannot run here on these arguments.
-      preferred: platform -> implementations that were measured to beat XLA there, best first.
+      preferred: device kind -> implementations that were measured to beat XLA there, best first.
     Raises:
       ValueError: an unknown implementation.
       CannotRun: a named one, or the scope's "pallas", that is refused; with its reason.
@@ -159,7 +159,7 @@ def choose(
         kernel_of = {target: name for name, target in RUNS_ON.items()}
         named = "xla" if scoped.kernels == "xla" else kernel_of[platform()]
     if named is None:
-        candidates = preferred.get(platform(), ())
+        candidates = preferred.get(device_kind(), ())
         named = next((name for name in candidates if name not in refusals), "xla")
     if named not in IMPLEMENTATIONS:
         raise ValueError(

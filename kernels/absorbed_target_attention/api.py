@@ -42,8 +42,8 @@ FORMS = ("joint", "split")
 TILINGS = ("keys", "hidden")
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 TRAINED_BY = {"xla": row_tiles} | KERNELS
-# Nothing has been measured on an accelerator: XLA everywhere (docs/kernels.md).
-PREFERRED: dict[str, tuple[str, ...]] = {}
+# By device kind, as benchmarks/report.py judges measurements; XLA elsewhere (docs/kernels.md).
+PREFERRED: dict[str, tuple[str, ...]] = {"NVIDIA H200": ("pallas_gpu",)}
 
 
 @flax.struct.dataclass

@@ -52,14 +52,16 @@ def record():
     }  # fmt: skip
 
 
-def test_nothing_is_claimed_without_a_device(record):
+def test_nothing_is_claimed_without_a_device(record, monkeypatch):
+    for op in report.OPS:
+        monkeypatch.setattr(f"kernels.{op}.api.PREFERRED", {})
     small = copy.deepcopy(record) | {"measures": None}
     for records in ([], [small]):
         tables = report.tables(records)
         assert report.NOT_MEASURED in tables["gpu"] and tables["headline"] == report.NOT_MEASURED
         assert tables["blocks"] == report.NOT_MEASURED
         lines = tables["preferred"].splitlines()[2:]
-        assert len(lines) == 6 and all("xla (not measured) | xla |" in line for line in lines)
+        assert len(lines) == 3 and all("xla (not measured) | xla |" in line for line in lines)
 
 
 def test_a_devices_table_says_what_was_met_missed_and_not_reached(record):
@@ -69,7 +71,7 @@ def test_a_devices_table_says_what_was_met_missed_and_not_reached(record):
     line = next(x for x in table.splitlines() if "wide bfloat16 forward |" in x)
     assert "| 1.5 | 2.0 | **2.5** (goal 2) | 8.04 (goal 10: missed), tiled |" in line
     assert "**3** (goal 2), jax.nn cudnn |" in line
-    assert "Without a figure: evo_attention late bfloat16 forward (the time was up)" in table
+    assert "Without a figure: evo_attention late (the time was up)" in table
     assert "Not compared with: torch SDPA, same bias (no torch)" in table
     headline = report.tables([record])["headline"]
     assert headline.startswith("NVIDIA H200: 2.5x XLA path, 8.04x full attention with the same")
@@ -78,35 +80,40 @@ def test_a_devices_table_says_what_was_met_missed_and_not_reached(record):
     )
 
 
-def test_the_default_is_a_kernel_that_is_faster_everywhere_and_right(record):
+def test_the_default_is_a_kernel_that_is_faster_everywhere_and_right(record, monkeypatch):
     evo, sta, absorbed = report.OPS
-    assert report.judged([record], evo, "gpu")[0]
-    assert report.judged([record], evo, "tpu") == (False, report.NOT_MEASURED)
-    is_kernel, why = report.judged([record], sta, "gpu")
+    monkeypatch.setattr(f"kernels.{evo}.api.PREFERRED", {"NVIDIA T4": ("pallas_gpu",)})
+    assert report.judged([record], evo, "NVIDIA H200")[0]
+    assert report.judged([record], evo, "TPU v5e") == (False, report.NOT_MEASURED)
+    is_kernel, why = report.judged([record], sta, "NVIDIA H200")
     assert not is_kernel and why.startswith("0.9x the XLA path at its worst: speed")
-    is_kernel, why = report.judged([record], absorbed, "gpu")
+    is_kernel, why = report.judged([record], absorbed, "NVIDIA H200")
     assert not is_kernel and "is wrong: check absorbed" in why
     table = report.tables([record])["preferred"]
-    assert "| evo_attention | gpu | pallas_gpu (1.25x" in table and "to be changed" in table
+    line = "| evo_attention | {} (1.25x the XLA path at its worst: speed evo_attention wide"
+    assert line.format("NVIDIA H200 | pallas_gpu") in table
+    assert "| xla: **to be changed** |" in table
+    assert "| NVIDIA T4 | xla (not measured) | pallas_gpu: **to be changed** |" in table
 
 
 def test_other_devices_failures_and_half_measurements_keep_xla(record):
     evo = report.OPS[0]
     slower = copy.deepcopy(record) | {"device": "NVIDIA T4"}
     slower["entries"][3]["ratios"]["xla"]["ratio"] = 0.5
-    assert "NVIDIA T4" in report.judged([record, slower], evo, "gpu")[1]
+    assert not report.judged([record, slower], evo, "NVIDIA T4")[0]
+    assert report.judged([record, slower], evo, "NVIDIA H200")[0]
     broken = copy.deepcopy(record)
     del broken["entries"][4]["rows"][0]["ms"]
-    assert "does not run" in report.judged([broken], evo, "gpu")[1]
+    assert "does not run" in report.judged([broken], evo, "NVIDIA H200")[1]
     failed = copy.deepcopy(record)
     failed["entries"][4] = {"name": failed["entries"][4]["name"], "status": "failed", "error": "x"}
-    assert "does not run" in report.judged([failed], evo, "gpu")[1]
+    assert "does not run" in report.judged([failed], evo, "NVIDIA H200")[1]
     differs = copy.deepcopy(record)
     differs["entries"][4]["agrees"] = False
-    assert "is wrong" in report.judged([differs], evo, "gpu")[1]
+    assert "is wrong" in report.judged([differs], evo, "NVIDIA H200")[1]
     half = copy.deepcopy(record)
     del half["entries"][4]
-    assert report.judged([half], evo, "gpu") == (False, "measured forward only")
+    assert report.judged([half], evo, "NVIDIA H200") == (False, "measured forward only")
 
 
 def test_blocks_are_replaced_in_place_and_the_rest_is_left(tmp_path, record, capsys):

@@ -8,10 +8,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from kernels import dispatch
 
-PREFERRED = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}
+PREFERRED = {"a TPU": ("pallas_tpu",), "a GPU": ("pallas_gpu",)}
 
 
-def device(platform, kind="a kind"):
+def device(platform, kind=None):
+    kind = kind or {"tpu": "a TPU", "cuda": "a GPU"}.get(platform, "a kind")
     return jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
 
 
@@ -50,6 +51,7 @@ def test_an_open_choice_takes_what_is_preferred_and_falls_back():
     assert traced(choose({}), abstract("tpu")) == "pallas_tpu"
     assert traced(choose({}), abstract("cuda")) == "pallas_gpu"
     assert traced(choose({}), abstract("cpu")) == "xla"
+    assert traced(choose({}), abstract("cuda", kind="another GPU")) == "xla"
     assert traced(choose({"pallas_tpu": "no"}), abstract("tpu")) == "xla"
 
 
