@@ -194,6 +194,9 @@ def some(number=4):
     return dense.arguments({n: x.astype("float32") for n, x in floats.items()}, integers)
 
 
+LEFT_OUT = ((), (0,), (1,), (2,), (0, 1))
+
+
 @pytest.mark.parametrize("way", ["xla", *[pytest.param(w, marks=slow) for w in KERNELS]])
 def test_a_branch_that_is_left_out_leaves_the_others_alone(way):
     implementation, interpret, _ = WAYS[way]
@@ -201,23 +204,45 @@ def test_a_branch_that_is_left_out_leaves_the_others_alone(way):
     both = some()
 
     def cuts(behaviours, candidates):
-        for without in (None, 0, 1, 2):
+        for without in LEFT_OUT:
             out = []
             for call, arguments, extra in (
                 (behaviour_branches, behaviours, {"window": 4}),
                 (candidate_branches, candidates, {}),
             ):
-                kept = [None if i - 1 == without else x for i, x in enumerate(arguments)]
+                kept = [None if i - 1 in without else x for i, x in enumerate(arguments)]
                 out += call(*kept, **options, **extra)
             yield out
 
     full, *cut = jax.jit(lambda *a: list(cuts(*a)), compiler_options=QUICK)(*both)
-    for without, out in enumerate(cut):
+    for without, out in zip(LEFT_OUT[1:], cut, strict=True):
         for i, (x, y) in enumerate(zip(out, full, strict=True)):
-            if i % 3 == without:
+            if i % 3 in without:
                 assert x is None
             else:
                 np.testing.assert_allclose(x, y, atol=2e-6)
+
+
+@slow
+@pytest.mark.parametrize("way", KERNELS)
+def test_the_band_alone_has_gradients(way):
+    q, _, _, band, *rest = some()[0]
+
+    @functools.partial(jax.jit, static_argnums=(3, 4), compiler_options=QUICK)
+    def gradients(q, band, slopes, implementation, interpret):
+        def loss(q, band, slopes):
+            options = dict(implementation=implementation, interpret=interpret)
+            out = behaviour_branches(
+                q, None, None, band, slopes, *rest[1:], rel=ALL, window=4, **options
+            )
+            return jnp.sum(out[2] ** 2)
+
+        return jax.grad(loss, (0, 1, 2))(q, band, slopes)
+
+    expected = gradients(q, band, rest[0], "xla", False)
+    got = gradients(q, band, rest[0], *WAYS[way][:2])
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6)
 
 
 def test_refusals():
