@@ -60,9 +60,11 @@ def test_named_shapes_lower_for_cuda(name):
     lower_for_cuda(name, jnp.bfloat16)
 
 
-def test_no_kernel_is_a_default_on_a_gpu():
+@pytest.mark.parametrize(("kind", "kernels"), [("NVIDIA H200", 2), ("a GPU of another kind", 0)])
+def test_the_kernel_is_the_default_of_the_gpu_that_it_was_measured_on(kind, kernels):
     function, arguments = calls(of_length(64), None)["forward"]
-    assert "triton" not in ahead_of_time.cuda_text(function, *arguments)
+    text = ahead_of_time.cuda_text(function, *arguments, device_kind=kind)
+    assert text.count("__gpu$xla.gpu.triton") == kernels
 
 
 @needs_tpu_compiler
