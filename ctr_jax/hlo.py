@@ -40,7 +40,8 @@ class Instruction:
 
     Attributes:
       name, opcode: as in the text.
-      arrays: [(shape as text, bytes)] of the result, padding of its layout included.
+      arrays: [(shape as text, bytes)] of the result in device memory, padding of its layout
+        included. everywhere: those that lie in a faster memory too, as a collective's may.
       operand_text: everything behind the opcode: operands, attributes, metadata.
       op_name: the path in the traced program that it comes from, "" where it has none.
       times: how often the program runs it.
@@ -50,6 +51,7 @@ class Instruction:
     name: str
     opcode: str
     arrays: tuple[tuple[str, int], ...]
+    everywhere: tuple[tuple[str, int], ...]
     operand_text: str
     op_name: str
     times: int
@@ -75,6 +77,7 @@ def instructions(text: str) -> list[Instruction]:
                         name,
                         opcode,
                         tuple(_arrays(result)),
+                        tuple(_arrays(result, everywhere=True)),
                         behind,
                         op_name.group(1) if op_name else "",
                         times[computation],
@@ -132,9 +135,9 @@ def traffic(text: str, devices: int) -> dict[str, tuple[int, int]]:
         if opcode not in COLLECTIVES:
             continue
         n = _group_size(each.operand_text, devices)
-        size = each.bytes
-        if each.opcode.endswith("-start") and opcode in ("all-gather", "collective-permute"):
-            size = max(size for _, size in each.arrays)  # the result holds operand and result
+        sizes = [size for _, size in each.everywhere]
+        both = each.opcode.endswith("-start") and opcode in ("all-gather", "collective-permute")
+        size = max(sizes) if both else sum(sizes)  # a started one's holds operand and result
         share = {
             "all-reduce": 2 * (n - 1) / n,
             "reduce-scatter": float(n - 1),
@@ -198,10 +201,10 @@ def _parts(rest: str) -> tuple[str, str, str]:
     return (result, match.group(1), rest[match.end() - 1 :]) if match else (result, "", rest)
 
 
-def _arrays(result: str) -> Iterator[tuple[str, int]]:
-    """(shape, bytes) of every array in device memory of a result type."""
+def _arrays(result: str, everywhere: bool = False) -> Iterator[tuple[str, int]]:
+    """(shape, bytes) of every array in device memory of a result type, or in any memory."""
     for dtype, dims, order, layout in _SHAPE.findall(result):
-        if re.search(r"S\([1-9]", layout):  # not in the main memory
+        if not everywhere and re.search(r"S\([1-9]", layout):  # not in the main memory
             continue
         shape = [int(d) for d in dims.split(",") if d]
         tile = re.match(r"T\(([\d,]+)\)", layout)

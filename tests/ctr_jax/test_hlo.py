@@ -41,6 +41,7 @@ ENTRY %main (w: f32[16,4], v: bf16[30,3]) -> f32[16,4] {
   %w = f32[16,4]{1,0:T(8,128)} parameter(0), metadata={op_name="state[\\'tables\\'][\\'item\\']"}
   %v = bf16[30,3]{0,1:T(8,128)(2,1)} parameter(1), metadata={op_name="batch.x"}
   %near = f32[16,4]{1,0:T(8,128)S(1)} copy(%w)
+  %quick = f32[8,8]{1,0:S(1)} all-reduce(%near), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
   %loop = (s32[], f32[8,8]{1,0}) while(%w), condition=%condition, body=%body, \
 backend_config={"known_trip_count":{"n":"5"}}
   %all = (f32[2,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%w), replica_groups={{0,1,2,3,4,5,6,7}}
@@ -59,9 +60,9 @@ def test_arguments_with_the_padding_of_their_layout():
     ]
 
 
-def test_what_is_sent_counts_loops_and_groups():
+def test_what_is_sent_counts_loops_groups_and_faster_memory():
     assert hlo.traffic(TEXT, devices=8) == {
-        "all-reduce": (5, 5 * round(2 * 3 / 4 * 8 * 8 * 4)),
+        "all-reduce": (6, 5 * round(2 * 3 / 4 * 8 * 8 * 4) + round(2 * 7 / 8 * 8 * 8 * 4)),
         "all-gather": (1, round(7 / 8 * 16 * 4 * 4)),
     }
 
