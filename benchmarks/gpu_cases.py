@@ -138,7 +138,11 @@ def _sweep(op: str, name: str, shape: Any, dtype: str) -> Entry:
 def device(bench: Bench) -> dict:
     """What the device gives: bytes of a copy, operations of a product."""
     copied, side = (1 << 20, 64) if bench.small else (1 << 31, 8192)
-    ways = [_copy(copied, 1, 1)]
+
+    def copy(batch):  # reads half of the bytes and writes as many
+        return jnp.negative, (jnp.ones(copied // 8, jnp.float32),)
+
+    ways = [Way("copy", "copy", 1, 1, copy, work={"bytes": copied})]
     for dtype in DTYPES:
 
         def make(batch, dtype=dtype):
@@ -148,15 +152,6 @@ def device(bench: Bench) -> dict:
         work = {"operations": 2 * side**3}
         ways.append(Way(f"product, {dtype}", "product", 1, 1, make, work=work))
     return {"kind": "device", "rows": measure(bench, ways)[0]}
-
-
-def _copy(bytes_moved: int, batch: int, length: int) -> Way:
-    """Reads half of the bytes and writes as many."""
-
-    def make(batch):
-        return jnp.negative, (jnp.ones(bytes_moved // 8, jnp.float32),)
-
-    return Way("copy", "copy", batch, length, make, work={"bytes": bytes_moved // 8 * 8})
 
 
 def speed(

@@ -73,8 +73,8 @@ def _lrea_rows(variant: str) -> dict[str, dict]:
     }
 
 
-# An epoch at L = 10,064 takes a core 40 minutes: a tenth of one, in more and larger steps. The rate
-# was chosen on the validation split, of .01 and .03.
+# An epoch at L = 10,064 takes a core 40 minutes: an eighth of one, in more and larger steps. The
+# rate was chosen on the validation split, of .01 and .03.
 BEGINNING = {"batch_size": 32, "total_epochs": 0, "total_steps": 400,
              "optimizer.learning_rate": 0.03, "table_optimizer.learning_rate": 0.03}  # fmt: skip
 

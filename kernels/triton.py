@@ -1,6 +1,10 @@
-"""Blocks and products in Pallas' Triton lowering: powers of 2, padded by masked loads."""
+"""Pallas' Triton lowering: blocks (powers of 2, padded by masked loads), products, starting it."""
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,4 +50,17 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
         (((contract[0],), (contract[1],)), ((), ())),
         precision=presets.TF32_TF32_F32_X3 if exact else presets.TF32_TF32_F32,
         preferred_element_type=jnp.float32,
+    )
+
+
+def call(
+    kernel: Callable, outputs: Any, name: str, interpret: Any, warps: int, stages: int, **how: Any
+) -> Callable:
+    """pl.pallas_call, lowered by Triton."""
+    # Deprecated from jax 0.11 on. It is lowering that warns, which a caller may start long after
+    # this function is done: a filter that ends here would not hold.
+    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+    params = plgpu.CompilerParams(num_warps=warps, num_stages=stages)
+    return pl.pallas_call(
+        kernel, out_shape=outputs, name=name, interpret=interpret, compiler_params=params, **how
     )

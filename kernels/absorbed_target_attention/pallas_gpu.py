@@ -35,18 +35,16 @@ blocks of candidates, T blocks of rows, S walks over them.
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from kernels.absorbed_target_attention.blocks import Blocks
 from kernels.absorbed_target_attention.reference import Weights
 from kernels.absorbed_target_attention.unit import Shape, derivative
-from kernels.triton import dot, load, power, store
+from kernels.triton import call, dot, load, power, store
 
 NT, TN = (1, 1), (0, 0)  # axes that a product contracts
 PROGRAMS, LEAST_PROGRAMS = 1024, 256  # a GPU has 132 multiprocessors, of a few programs each
@@ -259,16 +257,8 @@ def _arrays(weights: Weights) -> tuple[jax.Array, ...]:
 
 
 def _call(kernel, grid, outputs, interpret, name: str):
-    # The lowering, which a caller may start long after this line, warns that it will be replaced.
-    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        out_shape=outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name=name,
-    )
+    name = f"absorbed_target_attention_{name}"
+    return call(kernel, outputs, name, interpret, warps=4, stages=2, grid=grid)
 
 
 def _parts(dtype, *sizes: int) -> jax.ShapeDtypeStruct:
@@ -292,7 +282,7 @@ def forward(query, keys, values, weights, *, joint, slope, blocks: Blocks, inter
         (shape.candidate_blocks, pl.cdiv(shape.row_blocks, walk), batch),
         _parts(query.dtype, batch, shape.row_blocks, candidates, width),
         interpret,
-        "absorbed_target_attention_forward",
+        "forward",
     )(out, *kernels, query, keys, values)
     return _sum(parts).astype(query.dtype)
 
@@ -321,7 +311,7 @@ def backward(query, keys, values, weights, dout, *, joint, slope, blocks: Blocks
             *[jax.ShapeDtypeStruct(of_weights, jnp.float32) for _ in used],
         ],
         interpret,
-        "absorbed_target_attention_backward",
+        "backward",
     )(out, *kernels, query, keys, values, dout)
     dkernels = [x.sum((0, 1, 2)) for x in dkernels]
     dunits = sum(jnp.sum(w * x, axis=1) for w, x in zip(used, dkernels, strict=True))

@@ -15,21 +15,19 @@ Axis letters: B requests, n queries, T of a tile, S slots, H heads, K width, w, 
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from kernels.dispatch import device_kind
 from kernels.evo_attention.pallas_gpu_kernels import band_kernel, forward_kernel, slots_kernel
 from kernels.evo_attention.slots import Slots, behaviour_problem, candidate_problem
 from kernels.evo_attention.tiles import SAVED
 from kernels.meshes import over_requests
-from kernels.triton import LEAST, power
+from kernels.triton import LEAST, call, power
 
 
 class Program(NamedTuple):
@@ -124,18 +122,16 @@ def _call(plan, kernel, name, operands, shared, outputs, tile_outputs):
     tiles = -(-n // tile)
     tile_outputs = [jax.ShapeDtypeStruct((batch, tiles, *x), jnp.float32) for x in tile_outputs]
     whole = [pl.BlockSpec(x.shape, lambda i, b, n=x.ndim: (0,) * n) for x in shared]
-    # Deprecated from jax 0.11 on. It is lowering that warns, after this function is done: a filter
-    # that ends here would not hold.
-    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-    return pl.pallas_call(
+    return call(
         functools.partial(kernel, plan, tile),
+        [*outputs, *tile_outputs],
+        f"evo_attention_{name}",
+        plan.interpret,
+        warps,
+        stages,
         grid=(tiles, batch),  # the first goes fastest: tiles of a request meet in the cache
         in_specs=[_of_request(x) for x in operands] + whole,
         out_specs=[_of_request(x) for x in outputs] + [_of_tile(x) for x in tile_outputs],
-        out_shape=[*outputs, *tile_outputs],
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
-        interpret=plan.interpret,
-        name=f"evo_attention_{name}",
     )(*operands, *shared)
 
 

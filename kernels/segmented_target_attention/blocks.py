@@ -1,6 +1,7 @@
 """Block sizes of the kernels, and how blocks tile a history.
 
-Entries of TABLE come from measurements; of those of an H200 the best is pallas_gpu's DEFAULT.
+Entries of TABLE are to come from benchmarks/gpu_suite.py's sweeps; there are none yet. DEFAULT of
+pallas_gpu was the best of trial runs on an H200.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ segments, H heads, Kq and Kv head widths.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,12 @@ from jax.experimental.pallas import triton as plgpu
 from kernels.segmented_target_attention import pallas_gpu_few as few
 from kernels.segmented_target_attention.blocks import Static
 from kernels.segmented_target_attention.pallas_gpu_parts import (
+    Sizes,
     call,
     gates_of,
     gradient_of_logits,
     like,
+    sizes_of,
 )
 from kernels.triton import dot, load, power, store
 
@@ -34,21 +37,12 @@ PROGRAMS = 512  # at least, where a history can be split: a GPU has 100 to 150 m
 MOST_SOFTMAX_ROWS = 128  # of a segment, which has to fit shared memory: an H200 has none for 256
 
 
-class Shape(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape(Sizes):
     """What a kernel knows when it is traced."""
 
-    candidates: int  # C
     block: int  # c
-    segment: int  # w
-    segments: int  # S
     rows: int  # l
-    heads: int
-    value_heads: int
-    key_width: int
-    value_width: int
-    tied: bool  # one head of keys, which are the values
-    softmax: bool
-    scale: float
     per_split: int  # segments of a program for the gradients of candidates
 
     @property
@@ -162,9 +156,8 @@ def _rows_kernel(
     v = load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
     visible = _visible(mask_ref, b, s, part, shape)
     dv = jnp.zeros(v.shape, jnp.float32)
-    sharing = shape.heads // shape.value_heads
-    for offset in range(sharing):
-        h = of_value * sharing + offset
+    for offset in range(shape.sharing):
+        h = of_value * shape.sharing + offset
         k = load(_rows(k_ref, b, s, part, shape.of_key(h), shape, shape.key_width))
         bias = bias_ref[h]
 
@@ -230,27 +223,15 @@ def _candidates_kernel(
 
 
 def _shape(static: Static, q, k, v) -> Shape:
-    _, candidates, heads, key_width = q.shape
-    tied, v = v is None, k if v is None else v
-    length, value_heads, value_width = v.shape[1:]
-    segment, blocks = static.segment, static.blocks
-    segments = length // segment
+    sizes, blocks = sizes_of(static, q, k, v), static.blocks
+    segment, candidates = static.segment, sizes["candidates"]
     block = min(power(candidates), power(blocks.candidates))
-    splits = -(-PROGRAMS // (len(q) * heads * -(-candidates // block)))
+    splits = -(-PROGRAMS // (len(q) * sizes["heads"] * -(-candidates // block)))
     return Shape(
-        candidates=candidates,
+        **sizes,
         block=block,
-        segment=segment,
-        segments=segments,
         rows=power(segment) if static.softmax else min(power(segment), power(blocks.rows)),
-        heads=heads,
-        value_heads=value_heads,
-        key_width=key_width,
-        value_width=value_width,
-        tied=tied,
-        softmax=static.softmax,
-        scale=static.scale,
-        per_split=-(-segments // splits),
+        per_split=-(-sizes["segments"] // splits),
     )
 
 

@@ -16,6 +16,7 @@ and K are padded to powers of 2 by masked loads.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -25,35 +26,28 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels.segmented_target_attention.blocks import Static
 from kernels.segmented_target_attention.pallas_gpu_parts import (
+    Sizes,
     call,
     gates_of,
     gradient_of_logits,
     like,
+    sizes_of,
 )
 from kernels.triton import load, store
 
-MANY = 3  # candidates: from here on a padded block of 16 on the matrix units is faster (H200)
+MANY = 3  # candidates: from here on a padded block of 16 on the matrix units was faster on an H200
 # Of keys and values of a program of NARROW warps, where one query alone meets a row, and half where
-# gradients of several are summed in registers: none of the named shapes spills them. More warps
+# gradients of several are summed in registers: of 2 warps none of the named shapes spills. More
 # have fewer bytes on their way. A longer segment, of twice as many at most, takes WIDE warps.
 NUMBERS = 6144
 NARROW, WIDE = {2: 1, 4: 2}, 8  # by bytes of a number
 
 
-class Shape(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape(Sizes):
     """What a kernel knows when it is traced."""
 
-    candidates: int  # C
-    segment: int  # w
-    segments: int  # S
     group: int  # G
-    heads: int
-    value_heads: int
-    key_width: int
-    value_width: int
-    tied: bool  # one head of keys, which are the values
-    softmax: bool
-    scale: float
     warps: int
 
     @property
@@ -65,11 +59,6 @@ class Shape(NamedTuple):
     def rows(self) -> int:
         """Of a segment's block."""
         return pl.next_power_of_2(self.segment)
-
-    @property
-    def sharing(self) -> int:
-        """Heads per head of values."""
-        return self.heads // self.value_heads
 
 
 class Size(NamedTuple):
@@ -231,22 +220,10 @@ def _backward_kernel(
 
 
 def _shape(static: Static, q, k, v) -> Shape:
-    _, candidates, heads, key_width = q.shape
-    tied, v = v is None, k if v is None else v
-    length, value_heads, value_width = v.shape[1:]
-    segments, size = length // static.segment, _size(static, q, k, None if tied else v)
+    sizes, size = sizes_of(static, q, k, v), _size(static, q, k, v)
     return Shape(
-        candidates=candidates,
-        segment=static.segment,
-        segments=segments,
-        group=_group(size, static, segments),
-        heads=heads,
-        value_heads=value_heads,
-        key_width=key_width,
-        value_width=value_width,
-        tied=tied,
-        softmax=static.softmax,
-        scale=static.scale,
+        **sizes,
+        group=_group(size, static, sizes["segments"]),
         warps=NARROW[q.dtype.itemsize] if size.segment <= size.most else WIDE,
     )
 

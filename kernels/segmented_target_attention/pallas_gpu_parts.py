@@ -1,20 +1,60 @@
-"""What the kernels for GPUs share: gates and their gradients, and how a kernel is started.
+"""What the kernels for GPUs share: sizes, gates and their gradients, how a kernel is started.
 
 Axis letters: B requests, C candidates, L history length.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+from kernels import triton
+from kernels.segmented_target_attention.blocks import Static
 
 HIDDEN = -1e30  # a logit that is not visible
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of the arguments, as every kernel knows them when it is traced."""
+
+    candidates: int  # C
+    segment: int  # w
+    segments: int  # S
+    heads: int
+    value_heads: int
+    key_width: int
+    value_width: int
+    tied: bool  # one head of keys, which are the values
+    softmax: bool
+    scale: float
+
+    @property
+    def sharing(self) -> int:
+        """Heads per head of values."""
+        return self.heads // self.value_heads
+
+
+def sizes_of(static: Static, q, k, v) -> dict[str, Any]:
+    """The fields of Sizes."""
+    _, candidates, heads, key_width = q.shape
+    length, value_heads, value_width = (k if v is None else v).shape[1:]
+    return dict(
+        candidates=candidates,
+        segment=static.segment,
+        segments=length // static.segment,
+        heads=heads,
+        value_heads=value_heads,
+        key_width=key_width,
+        value_width=value_width,
+        tied=v is None,
+        softmax=static.softmax,
+        scale=static.scale,
+    )
 
 
 def gates_of(logits, visible, axis: int, softmax: bool):
@@ -39,16 +79,9 @@ def gradient_of_logits(gates, slope, of_gates, axis: int, softmax: bool) -> jax.
 
 def call(kernel, shape, grid, outputs, static, name: str, warps: int = 4):
     """The kernel, told of `shape`, as a function of arrays."""
-    # The lowering, which a caller may start long after this line, warns that it will be replaced.
-    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-    return pl.pallas_call(
-        functools.partial(kernel, shape=shape),
-        grid=grid,
-        out_shape=outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
-        interpret=static.interpret,
-        name=f"segmented_target_attention_{name}",
-    )
+    kernel = functools.partial(kernel, shape=shape)
+    name = f"segmented_target_attention_{name}"
+    return triton.call(kernel, outputs, name, static.interpret, warps, 2, grid=grid)
 
 
 def like(*arrays) -> list[Any]:
