@@ -68,7 +68,7 @@ def default_config() -> ConfigDict:
     config.timezone_hours = 8.0  # local time minus UTC
     config.hour_form = "delta"  # delta | clock
     config.time_bucket = "log2"  # log2 | suan
-    config.slope_init = "paper"  # paper (from 1) | alibi (from 2^(-8/H))
+    config.slope_init = "paper"  # paper (from 1) | alibi (from 2^(-8/H)) | zero
     # Blocks and head.
     config.block = "pre_norm"  # pre_norm | suan
     config.norm_eps = 1e-6
