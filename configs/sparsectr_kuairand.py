@@ -66,5 +66,8 @@ def get_config() -> ConfigDict:
     config.model.width = 64
     config.model.num_layers = 1
     config.model.local_window = 50
-    config.optimizer.schedule = config.table_optimizer.schedule = "cosine"
+    config.model.slope_init = "zero"
+    config.optimizer.schedule = "cosine"
+    config.table_optimizer.name, config.table_optimizer.initial_accumulator = "adagrad", 1e-6
+    config.table_optimizer.learning_rate = 0.02
     return config
