@@ -10,12 +10,7 @@ from configs import sparsectr_kuairand
 
 
 def get_config() -> ConfigDict:
-    config = sparsectr_kuairand.get_config()
-    config.name = "din_kuairand"
-    exclude = config.model.exclude
+    config = sparsectr_kuairand.protocol()
+    config.name = f"din_{config.name}"
     config.model = din.default_config()
-    config.model.exclude = exclude
-    # As measured (docs/results.md); Adagrad tables were not tried here.
-    config.table_optimizer.name, config.table_optimizer.schedule = "lazy_adam", "cosine"
-    config.table_optimizer.learning_rate = 1e-3
     return config

@@ -16,6 +16,7 @@ import importlib
 from ml_collections import ConfigDict
 
 from configs import sparsectr_alibaba
+from ctr_jax.config import ADAGRAD_TABLES
 
 # The rows of the paper's table.
 ROWS = {
@@ -72,10 +73,5 @@ def put_model(config: ConfigDict, row: str, *, short_length: int) -> None:
         config.model.length = config.history_length
     if row == "base":  # reads no more
         config.history_length = short_length
-    for optimizer in (config.optimizer, config.table_optimizer):
-        optimizer.learning_rate, optimizer.schedule = 1e-3, "constant"
-    config.optimizer.name, config.optimizer.b2 = "adam", 0.9999
-    # Adagrad that starts from nothing: beside the usual .1 the gradients of single rows are so
-    # small that tables hardly move (docs/laser.md).
-    config.table_optimizer.name, config.table_optimizer.initial_accumulator = "adagrad", 1e-6
-    config.table_optimizer.learning_rate = 0.02
+    config.optimizer.update(dict(name="adam", learning_rate=1e-3, b2=0.9999, schedule="constant"))
+    config.table_optimizer.update(ADAGRAD_TABLES)

@@ -12,6 +12,7 @@ configs/din_long_movielens.py. DIR as in configs/sparsectr_movielens.py. Expecte
 from ml_collections import ConfigDict
 
 from configs import sparsectr_movielens
+from ctr_jax.config import ADAGRAD_TABLES
 from lrea_jax.model import default_config
 
 
@@ -24,8 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # Not the paper's Adagrad at .01: chosen on the validation tail (docs/lrea.md), for LREA and the
     # DINs beside it alike.
     config.optimizer.name, config.optimizer.learning_rate = "adam", 3e-3
-    config.table_optimizer.name, config.table_optimizer.initial_accumulator = "adagrad", 1e-6
-    config.table_optimizer.learning_rate = 0.02
+    config.table_optimizer.update(ADAGRAD_TABLES)
     config.optimizer.schedule = config.table_optimizer.schedule = "cosine"
     config.loss.weights.non_negativity = 0.3  # lambda of eq. 11
 

@@ -9,7 +9,7 @@ shipped). Expected: README.md.
 
 from ml_collections import ConfigDict
 
-from ctr_jax.config import base_config
+from ctr_jax.config import ADAGRAD_TABLES, base_config
 from sparsectr_jax.model import default_config
 
 USER_IDS = ("user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author",
@@ -33,9 +33,10 @@ STORED_TYPE = (
 )
 
 
-def get_config() -> ConfigDict:
+def protocol() -> ConfigDict:
+    """Data, batches and rates of all models on KuaiRand: what their pages start from."""
     config = base_config()
-    config.name = "sparsectr_kuairand"
+    config.name = "kuairand"
     config.data.update(
         dict(builder="events", name="kuairand_v1", raw_dir="raw/kuairand_pure",
              events=("val.parquet", "test.parquet"), user="user_id", item="video_id",
@@ -59,7 +60,13 @@ def get_config() -> ConfigDict:
     config.expected_rows = ConfigDict(EXPECTED_ROWS)
     config.history_length = 100
     config.batch_size = 512
+    config.optimizer.schedule = config.table_optimizer.schedule = "cosine"
+    return config
 
+
+def get_config() -> ConfigDict:
+    config = protocol()
+    config.name = f"sparsectr_{config.name}"
     config.model = default_config()
     config.model.base_rate = 0.5
     # Chosen on the validation tail (docs/results.md).
@@ -67,7 +74,5 @@ def get_config() -> ConfigDict:
     config.model.num_layers = 1
     config.model.local_window = 50
     config.model.slope_init = "zero"
-    config.optimizer.schedule = "cosine"
-    config.table_optimizer.name, config.table_optimizer.initial_accumulator = "adagrad", 1e-6
-    config.table_optimizer.learning_rate = 0.02
+    config.table_optimizer.update(ADAGRAD_TABLES)
     return config

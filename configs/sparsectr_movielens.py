@@ -8,7 +8,7 @@ DIR holds events.parquet and users.parquet (research use, not shipped). Expected
 
 from ml_collections import ConfigDict
 
-from ctr_jax.config import base_config
+from ctr_jax.config import ADAGRAD_TABLES, base_config
 from sparsectr_jax.model import default_config
 
 SPLIT = 978133414  # seconds; test targets from here on
@@ -56,6 +56,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.num_layers = 1
     config.model.local_window = 100
     config.model.slope_init = "zero"
-    config.table_optimizer.name, config.table_optimizer.initial_accumulator = "adagrad", 1e-6
-    config.table_optimizer.learning_rate, config.table_optimizer.schedule = 0.02, "constant"
+    config.table_optimizer.update(ADAGRAD_TABLES)
     return config

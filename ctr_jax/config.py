@@ -9,6 +9,11 @@ from ml_collections import ConfigDict
 IDENTITY = ("seed", "history_length", "batch_size", "dtype", "model", "loss",
             "optimizer", "table_optimizer", "clip_norm")  # fmt: skip
 
+# For config.table_optimizer. Adagrad that starts from nothing: beside the usual .1 the gradients of
+# single rows are so small that tables hardly move (docs/laser.md). It decays by itself.
+ADAGRAD_TABLES = dict(name="adagrad", initial_accumulator=1e-6, learning_rate=0.02,
+                      schedule="constant")  # fmt: skip
+
 
 class ConfigError(ValueError):
     """A field has a value that cannot be; the message names both."""

@@ -12,7 +12,7 @@ def slope_init(num_heads: int, form: str = "paper") -> jax.Array:
     """[3, H] initial slopes: (2^(-8/H))^(h-1) of SparseCTR, ALiBi's own (2^(-8/H))^h, or zeros.
 
     From zeros every head sees all times alike and learns what to forget. A slope of 1 takes
-    log2(seconds) off the logits from the start, 25 for a year, and a run of one epoch may end
+    log2(seconds) off the logits from the start, 24 for a year, and a run of one epoch may end
     before that is unlearned (docs/results.md, MovieLens).
     """
     if form not in FORMS:
