@@ -51,6 +51,7 @@ ABLATIONS = {
 LASER_ABLATIONS = {
     "LASER": {},
     "no recency embedding": {"model.recency": False},
+    "tokens as they are": {"model.token_norm": False},
     "no fusion": {"model.fusion": "none"},
     "no FFN, no LayerNorm": {"model.ffn_multiplier": 0, "model.norm": False},
     "no LayerNorm": {"model.norm": False},

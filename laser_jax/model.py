@@ -7,6 +7,11 @@ states and what is decided here stands in each file. Every ablation is a change 
   no fusion             fusion="none"          segment size         segment=5 | 10 | 20
   no FFN, no LayerNorm  ffn_multiplier=0, norm=False                GSTA layers  num_layers=1..4
   no LayerNorm          norm=False             length               config.history_length
+  tokens as they are    token_norm=False
+
+Decided here (laser.md 3 has no such step): behaviours and target are normalised before anything
+meets them. Embedding tables start at .01, so products of two tokens are 1e-4 and every gate alike,
+and the target is lost beside the segments, which LayerNorm brings to 1, in u_1 = LN(q + MHA(q)).
 
 Candidates go through in tiles, so that the segments of a tile, [B, tile, S, d], stay in cache; what
 belongs to the history is made once, before them. No [B, C, L, d] array is made.
@@ -41,6 +46,7 @@ def default_config() -> ConfigDict:
     config.key_width = 16  # per head
     config.segment = 10  # w
     config.num_layers = 2  # M
+    config.token_norm = True  # LayerNorm of behaviours and target, before the recency embedding
     config.recency = True
     config.gate = "sigmoid"  # sigmoid | softmax
     config.pool = "sum"  # sum | mean
@@ -96,10 +102,14 @@ class LASER(nn.Module):
         """Tokens -> [B, C, d]."""
         config, batch = self.config, tokens.batch
         b, c, d = tokens.candidates.shape
-        x, mask = tokens.behaviours, batch.behaviour_mask
+        x, targets, mask = tokens.behaviours, tokens.candidates, batch.behaviour_mask
+        if config.token_norm:
+            x = nn.LayerNorm(name="behaviour_norm")(x)
+            targets = nn.LayerNorm(name="target_norm")(targets)
         if config.recency:
             recency = RecencyEmbedding(d, name="recency")(batch.request_time, batch.behaviour_time)
-            x = jnp.where(mask[..., None], x + recency, 0)
+            x = x + recency
+        x = jnp.where(mask[..., None], x, 0)
         candidates = OfCandidates(config, name="candidates")
         history = candidates.history(x, mask, c)
 
@@ -107,14 +117,14 @@ class LASER(nn.Module):
         tile_bytes = TILE_BYTES.get(dispatch.platform(), LARGE_TILE_BYTES)
         tile = max(1, tile_bytes // (b * segments * d * x.dtype.itemsize))
         if tile >= c or self.is_initializing():
-            return candidates(tokens.candidates, history, tokens.profile)
+            return candidates(targets, history, tokens.profile)
 
         def step(module, carry, candidates):
             return carry, module(candidates, *carry)
 
         count = -(-c // tile)
         tile = -(-c // count)
-        tiles = jnp.pad(tokens.candidates, ((0, 0), (0, count * tile - c), (0, 0)))
+        tiles = jnp.pad(targets, ((0, 0), (0, count * tile - c), (0, 0)))
         if train:
             step = nn.remat(step, prevent_cse=False)
         scan = nn.scan(

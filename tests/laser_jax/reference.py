@@ -125,7 +125,11 @@ def fusion(p, u, segments, seen, candidate, profile, config):
 def interest(params, candidate, x, mask, times, request_time, profile, config):
     """The whole interest of one candidate of one request: -> [d]."""
     x = x.copy()
+    if config["token_norm"]:
+        candidate = layer_norm(candidate, params["target_norm"])
     for i in range(len(x)):
+        if config["token_norm"]:
+            x[i] = layer_norm(x[i], params["behaviour_norm"])
         if config["recency"] and mask[i]:
             age = max(int(request_time) - int(times[i]), 1)
             x[i] = x[i] + params["recency"]["table"][age.bit_length() - 1]

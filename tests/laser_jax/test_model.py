@@ -71,6 +71,7 @@ CONFIGS = {
     "softmax, per candidate": {"gate": "softmax", "order": "per_candidate"},
     "mean": {"pool": "mean"},
     "no recency": {"recency": False},
+    "tokens as they are": {"token_norm": False},
     "no fusion": {"fusion": "none"},
     "mlp": {"fusion": "mlp"},
     "no ffn, no norm": {"ffn_multiplier": 0, "norm": False},
