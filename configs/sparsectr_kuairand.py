@@ -60,7 +60,8 @@ def protocol() -> ConfigDict:
     config.expected_rows = ConfigDict(EXPECTED_ROWS)
     config.history_length = 100
     config.batch_size = 512
-    config.optimizer.schedule = config.table_optimizer.schedule = "cosine"
+    config.optimizer.schedule = "cosine"
+    config.table_optimizer.update(ADAGRAD_TABLES)
     return config
 
 
@@ -74,5 +75,4 @@ def get_config() -> ConfigDict:
     config.model.num_layers = 1
     config.model.local_window = 50
     config.model.slope_init = "zero"
-    config.table_optimizer.update(ADAGRAD_TABLES)
     return config
