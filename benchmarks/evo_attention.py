@@ -131,7 +131,7 @@ class Case:
 def measure(length, d, heads, backward, levels, repeats, quick):
     """Rows for one length and width; dense with a small batch, sparse with a larger one."""
     width = d // heads
-    batch = max(2, min(8, 8192 // length))  # one request alone does not fill two cores
+    batch = max(1, min(8, 8192 // length))
     few, many = (inputs(b, length, heads, width) for b in (1, batch))
     of_dense = (*few[:3], *few[5:7])
     cases = []
