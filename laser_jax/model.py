@@ -31,7 +31,8 @@ from ctr_jax.features import Column, DataSpec
 from ctr_jax.history_model import Tokens
 from kernels import dispatch
 from laser_jax import fusion, segmented
-from laser_jax.recency import RecencyEmbedding
+from laser_jax.behaviour_norm import BehaviourNorm
+from laser_jax.recency import RecencyEmbedding, rows_of
 from laser_jax.segmented import SegmentedTargetAttention
 from laser_jax.stacked import StackedTargetAttention
 
@@ -103,13 +104,14 @@ class LASER(nn.Module):
         config, batch = self.config, tokens.batch
         b, c, d = tokens.candidates.shape
         x, targets, mask = tokens.behaviours, tokens.candidates, batch.behaviour_mask
-        if config.token_norm:
-            x = nn.LayerNorm(name="behaviour_norm")(x)
-            targets = nn.LayerNorm(name="target_norm")(targets)
+        recency = ()
         if config.recency:
             recency = RecencyEmbedding(d, name="recency")(batch.request_time, batch.behaviour_time)
-            x = x + recency
-        x = jnp.where(mask[..., None], x, 0)
+        if config.token_norm:
+            x = BehaviourNorm(name="behaviour_norm")(x, mask, *recency)
+            targets = nn.LayerNorm(name="target_norm")(targets)
+        elif config.recency:
+            x = jnp.where(mask[..., None], x + rows_of(*recency), 0)
         candidates = OfCandidates(config, name="candidates")
         history = candidates.history(x, mask, c)
 

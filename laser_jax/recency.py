@@ -20,10 +20,28 @@ def age_buckets(request_time: jax.Array, times: jax.Array) -> jax.Array:
     return floor_log2(request_time[:, None] - times)
 
 
+class RecencyEmbedding(nn.Module):
+    """The table and each behaviour's row of it, for `rows_of` or the norm that adds them."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, request_time: jax.Array, times: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B], [B, L] int32 seconds -> table [NUM_BUCKETS, width] and rows [B, L]."""
+        table = self.param("table", nn.initializers.normal(0.02), (NUM_BUCKETS, self.width))
+        return table, age_buckets(request_time, times)
+
+
 @jax.custom_vjp
 def rows_of(table: jax.Array, index: jax.Array) -> jax.Array:
     """table[index], with a gradient that is a product: scattering is slow into so few rows."""
     return table[index]
+
+
+def summed_by_row(index: jax.Array, gradient: jax.Array, rows: int) -> jax.Array:
+    """index [B, L], gradient [B, L, d] -> [rows, d], the sum of what goes to each row."""
+    chosen = (index[..., None] == jnp.arange(rows)).astype(gradient.dtype)
+    return jnp.einsum("...r,...d->rd", chosen, gradient)
 
 
 def _forward(table, index):
@@ -32,20 +50,7 @@ def _forward(table, index):
 
 def _backward(residuals, gradient):
     index, rows = residuals
-    chosen = (index[..., None] == jnp.arange(rows)).astype(gradient.dtype)
-    return jnp.einsum("...r,...d->rd", chosen, gradient), None
+    return summed_by_row(index, gradient, rows), None
 
 
 rows_of.defvjp(_forward, _backward)
-
-
-class RecencyEmbedding(nn.Module):
-    """A row of [NUM_BUCKETS, width] for each behaviour."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, request_time: jax.Array, times: jax.Array) -> jax.Array:
-        """[B], [B, L] int32 seconds -> [B, L, width]."""
-        table = self.param("table", nn.initializers.normal(0.02), (NUM_BUCKETS, self.width))
-        return rows_of(table, age_buckets(request_time, times))
