@@ -47,10 +47,11 @@ HEADERS = {
 }
 
 
-# effect: (its strength in a study, what else is on whether it is on or off)
+# effect: (its strength in a study, what else is on whether it is on or off). Transitions stand alone:
+# beside interests, a model of the demo's size does not get to them in its two epochs.
 STUDIES = {
     "interest": (2.0, {"local": 1.5}),
-    "transition": (2.5, {"interest": 1.5}),
+    "transition": (5.0, {}),
     "local": (2.2, {"interest": 1.5}),
     "recency": (1.5, {"interest": 1.5}),
     "hour": (1.5, {"interest": 1.5}),
