@@ -125,7 +125,7 @@ def features(data, announced_of: dict[int, int], rows: np.ndarray) -> dict[str, 
             out[f"{name}/tells{k}"] = (tells & part).sum(1)
         out[f"{name}/matches"] = (match & near).sum(1)
     out["anywhere/tells"] = tells.sum(1)
-    out["time/age"] = np.where(match & ~current, np.log2(age), 30).min(1)
+    out["time/age"] = np.where(match, np.log2(age), 30).min(1)
     out["time/tells"] = np.where(tells, np.log2(age), 30).min(1)
     for days in (0.5, 1, 2, 4, 8):
         out[f"time/{days}"] = (match * 2.0 ** (-age / 86400 / days)).sum(1)

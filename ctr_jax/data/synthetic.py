@@ -47,13 +47,13 @@ HEADERS = {
 }
 
 
-# effect: (its strength in a study, what else is on whether it is on or off). Transitions stand alone:
-# beside interests, a model of the demo's size does not get to them in its two epochs.
+# effect: (its strength in a study, what else is on whether it is on or off). Two stand alone: beside
+# interests, a model of the demo's size does not get to them in its two epochs.
 STUDIES = {
     "interest": (2.0, {"local": 1.5}),
     "transition": (5.0, {}),
     "local": (2.2, {"interest": 1.5}),
-    "recency": (1.5, {"interest": 1.5}),
+    "recency": (5.0, {}),
     "hour": (1.5, {"interest": 1.5}),
     "weekend": (1.2, {"interest": 1.5}),
 }
@@ -84,7 +84,7 @@ class SyntheticConfig:
     interest: float = 2.4
     transition: float = 1.8
     local: float = 0.7
-    recency: float = 0.5
+    recency: float = 1.0
     hour: float = 1.1
     weekend: float = 0.5
     popularity: float = 0.7
@@ -125,7 +125,7 @@ class SyntheticConfig:
     @property
     def hash(self) -> str:
         """Of the fields and of this version of the generator."""
-        fields = json.dumps(["synthetic-1", dataclasses.asdict(self)], sort_keys=True)
+        fields = json.dumps(["synthetic-2", dataclasses.asdict(self)], sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
 

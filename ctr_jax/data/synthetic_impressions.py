@@ -27,7 +27,7 @@ from ctr_jax.data.synthetic_users import (
 
 GROUP_SIZES = np.cumsum([0.03, 0.10, 0.17, 0.24, 0.20, 0.12, 0.08, 0.06])
 ANNOUNCEMENT_WEIGHTS = (1.0, 0.6, 0.3)  # of the last three finished sessions
-RECENCY_HALF_LIFE = 2.0 * 86400
+RECENCY_UNIT, RECENCY_SPAN = 600, 22 * 86400  # seconds: where the logarithm bends, where it ends
 EFFECTS = (
     "interest",
     "transition",
@@ -135,7 +135,7 @@ def draw_impressions(
         "interest": (liked * AFFINITY).sum(axis=1),
         "transition": ((said == category[:, None]) * ANNOUNCEMENT_WEIGHTS).max(axis=1),
         "local": (requests["burst"][request] == category).astype(float),
-        "recency": _recency(sessions, behaviours, user, category, session),
+        "recency": _recency(behaviours, user, category, time),
         "hour": (liked * slot_of_day).sum(axis=1),
         "weekend": (liked * of_week).sum(axis=1).astype(float),
         "popularity": catalogue.ad_quality[ad],
@@ -166,22 +166,16 @@ def _previous(sessions: Sessions, session: np.ndarray, back: int) -> np.ndarray:
     return np.where(same, index, -1)
 
 
-def _recency(sessions: Sessions, behaviours, user, category, session) -> np.ndarray:
-    """+1 (a moment ago) .. -1 (long ago) by the last finished session with a burst in `category`.
-
-    Zero where the user never had one: being liked at all is the business of "interest".
-    """
-    stride = np.int64(1) << 20
-    base = (np.int64(1) << 40, stride)
+def _recency(behaviours, user, category, time) -> np.ndarray:
+    """1 (a moment ago) .. 0 (at the start of the log, or never) by the logarithm of the age of the
+    last behaviour of a burst in `category`, this session's included."""
+    row = lambda user, category: (user * np.int64(1 << 20) + category) << 31  # noqa: E731
     used = behaviours["from_burst"]
-    row_session = behaviours["session"][used]
-    codes = np.unique(
-        sessions.user[row_session] * base[0] + behaviours["category"][used] * base[1] + row_session
-    )
-    prefix = user * base[0] + category * base[1]
-    found = np.searchsorted(codes, prefix + session) - 1
-    code = codes[np.maximum(found, 0)]
-    seen = (found >= 0) & (code >= prefix)
-    last = np.where(seen, code - prefix, 0)
-    age = sessions.start[session] - sessions.start[np.where(seen, last, session)]
-    return np.where(seen, 2 * 2.0 ** (-age / RECENCY_HALF_LIFE) - 1, 0.0)
+    codes = row(behaviours["user"][used], behaviours["category"][used]) + behaviours["time"][used]
+    codes.sort()
+    prefix = row(user, category)
+    code = codes[np.maximum(np.searchsorted(codes, prefix + time) - 1, 0)]
+    seen = (code >= prefix) & (code < prefix + time)
+    age = np.where(seen, prefix + time - code, RECENCY_SPAN)
+    age = np.minimum(age, RECENCY_SPAN)  # stamps outside the log are years off
+    return 1 - np.log1p(age / RECENCY_UNIT) / np.log1p(RECENCY_SPAN / RECENCY_UNIT)

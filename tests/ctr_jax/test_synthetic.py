@@ -4,6 +4,7 @@ import collections
 import csv
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -222,7 +223,6 @@ def _features(config, users):
         match = category == want
         breaks = np.nonzero(np.diff(time) > 1500)[0]  # the last behaviour of every finished session
         last_end = breaks[-1] if len(breaks) else 0
-        old = time[: last_end + 1][match[: last_end + 1]]
         said = [tells.get(int(c), -1) == want for c in category]
         hours = (samples["time"][i] - time) / 3600 % 24
         weekend = synthetic_users.weekend_sign(time) == synthetic_users.weekend_sign(
@@ -237,7 +237,7 @@ def _features(config, users):
                 "mid-session": sum(said[-12:]),
                 "hour": (match * np.cos(np.pi * hours / 24) ** 4).sum() / (match.sum() + 1),
                 "weekend": (match & weekend).sum() / (match.sum() + 1),
-                "age": -np.log(samples["time"][i] - old[-1]) if len(old) else np.nan,
+                "age": -np.log(samples["time"][i] - time[match][-1]) if match.any() else np.nan,
             }
         )
     return {k: np.array([float(r[k]) for r in rows]) for k in rows[0]}, samples["click"]
@@ -266,6 +266,25 @@ def test_an_effect_shows_in_the_raw_history(effect, feature):
     assert abs(roc_auc_score(off_click[known], off_values[feature][known]) - 0.5) < 0.05
     if effect == "transition":  # what announces at the end of a session means nothing inside it
         assert abs(roc_auc_score(click, values["mid-session"]) - 0.5) < on - 0.5 - 0.02
+
+
+def test_recency_is_the_logarithm_of_the_age_of_the_last_burst():
+    rng = np.random.default_rng(0)
+    draw = lambda n: (rng.integers(0, 3, n), rng.integers(0, 4, n))  # noqa: E731
+    user, category = draw(60)
+    time = 1_493_000_000 + rng.integers(0, 22 * 86400, 60)
+    time[:5] -= 3 * 10**8  # outside the log
+    burst = rng.random(60) < 0.6
+    log = {"user": user, "category": category, "time": time, "from_burst": burst}
+    of, wanted = draw(200)
+    now = np.concatenate([time, 1_493_000_000 + rng.integers(0, 22 * 86400, 140)])
+    found = synthetic_impressions._recency(log, of, wanted, now)
+    for i in range(200):
+        own = time[burst & (user == of[i]) & (category == wanted[i]) & (time < now[i])]
+        age = min(now[i] - own.max(), 22 * 86400) if len(own) else 22 * 86400
+        expected = 1 - math.log(1 + age / 600) / math.log(1 + 22 * 144)
+        assert found[i] == pytest.approx(expected, abs=1e-12)
+    assert 0 < (found == 0).mean() < 1
 
 
 def test_generate_is_idempotent_and_repairs(tmp_path):
