@@ -47,8 +47,8 @@ HEADERS = {
 }
 
 
-# effect: (its strength in a study, what else is on whether it is on or off). Two stand alone: in two
-# epochs a model of the demo's size does not get to them beside interests.
+# effect: (its strength in a study, what else is on whether it is on or off). Two stand alone, as a
+# model of the demo's size does not get to them beside interests in its two epochs.
 STUDIES = {
     "interest": (2.0, {"local": 1.5}),
     "transition": (5.0, {}),
