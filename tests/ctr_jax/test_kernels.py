@@ -87,6 +87,11 @@ def step(config, data, table):
         return hlo.traffic(compiled.as_text(), mesh.size), jax.device_get(compiled(state, batch))
 
 
+@functools.cache
+def plain_step(name):
+    return step(config_of(MODELS[name]()), 4, 2)
+
+
 def interpret(monkeypatch, name):
     """Has models call the ops with interpreted kernels; returns the calls' names."""
     called = []
@@ -109,10 +114,9 @@ def interpret(monkeypatch, name):
     ],
 )
 def test_a_step_with_kernels_is_that_without(name, kernel, monkeypatch):
-    config = config_of(MODELS[name]())
-    sent, expected = step(config, 4, 2)
+    sent, expected = plain_step(name)
     called = interpret(monkeypatch, kernel)
-    kernels_sent, got = step(config, 4, 2)
+    kernels_sent, got = step(config_of(MODELS[name]()), 4, 2)
     assert called
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
@@ -120,9 +124,9 @@ def test_a_step_with_kernels_is_that_without(name, kernel, monkeypatch):
         size = max(np.abs(y).max(initial=0), 1e-2)
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * size, err_msg=str(path))
     # Nothing more is gathered; sums for an op's weights may be apart from the others'.
-    gathers = [s.pop("all-gather", (0, 0)) for s in (sent, kernels_sent)]
-    assert gathers[0] == gathers[1]
-    assert sent.keys() == kernels_sent.keys() == {"all-reduce"}
+    assert sent.get("all-gather") == kernels_sent.get("all-gather")
+    for found in (sent, kernels_sent):
+        assert found.keys() - {"all-gather"} == {"all-reduce"}
     assert kernels_sent["all-reduce"][1] <= 1.5 * sent["all-reduce"][1]
 
 
