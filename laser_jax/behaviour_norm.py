@@ -5,7 +5,7 @@
 Decided here (laser.md 3 has no such step): see model.py. One function with a gradient of its own,
 as STA reads every behaviour for every candidate and head. XLA on a CPU lets each reader make a
 cheap operand anew, and takes a division for dear: what ends in one is made once. So sigma divides
-last, here and in the gradient (1.4 times the training speed of configs/laser_alibaba.py:long).
+last, here and in the gradient (docs/laser.md, Speed, has what that is worth).
 
 Axis letters: B requests, L history, d model width.
 """

@@ -169,7 +169,10 @@ def _previous(sessions: Sessions, session: np.ndarray, back: int) -> np.ndarray:
 def _recency(behaviours, user, category, time) -> np.ndarray:
     """1 (a moment ago) .. 0 (at the start of the log, or never) by the logarithm of the age of the
     last behaviour of a burst in `category`, this session's included."""
-    row = lambda user, category: (user * np.int64(1 << 20) + category) << 31  # noqa: E731
+
+    def row(user, category):
+        return (user * np.int64(1 << 20) + category) << 31  # and a time in seconds below it
+
     used = behaviours["from_burst"]
     codes = row(behaviours["user"][used], behaviours["category"][used]) + behaviours["time"][used]
     codes.sort()
