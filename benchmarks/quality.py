@@ -53,7 +53,7 @@ LASER_ABLATIONS = {
     "no recency embedding": {"model.recency": False},
     "tokens as they are": {"model.token_norm": False},
     "no fusion": {"model.fusion": "none"},
-    "no FFN, no LayerNorm": {"model.ffn_multiplier": 0, "model.norm": False},
+    "no FFN, no LayerNorm": {"model.ffn_multiplier": 0},
     "no LayerNorm": {"model.norm": False},
     "softmax for sigmoid": {"model.gate": "softmax"},
     "segments of 5": {"model.segment": 5},

@@ -5,13 +5,12 @@ states and what is decided here stands in each file. Every ablation is a change 
 
   no recency embedding  recency=False          softmax for sigmoid  gate="softmax"
   no fusion             fusion="none"          segment size         segment=5 | 10 | 20
-  no FFN, no LayerNorm  ffn_multiplier=0, norm=False                GSTA layers  num_layers=1..4
+  no FFN, no LayerNorm  ffn_multiplier=0       GSTA layers          num_layers=1..4
   no LayerNorm          norm=False             length               config.history_length
   tokens as they are    token_norm=False
 
 Decided here (laser.md 3 has no such step): behaviours and target are normalised before anything
-meets them. Embedding tables start at .01, so products of two tokens are 1e-4 and every gate alike,
-and the target is lost beside the segments, which LayerNorm brings to 1, in u_1 = LN(q + MHA(q)).
+meets them. Embedding tables start at .01, so products of two tokens are 1e-4 and every gate alike.
 
 Candidates go through in tiles, so that the segments of a tile, [B, tile, S, d], stay in cache; what
 belongs to the history is made once, before them. No [B, C, L, d] array is made.

@@ -58,12 +58,9 @@ def segmented(p, candidate, x, mask, config):
                 z = z + gate * (x[i] @ value)
             heads.append(z / config["segment"] if config["pool"] == "mean" else z)
         z = dense(np.concatenate(heads), p["out"])
-        if config["norm"]:
-            z = layer_norm(z, p["pool_norm"])
         if config["ffn_multiplier"]:
-            z = z + dense(gelu(dense(z, p["ffn_in"])), p["ffn_out"])
-            if config["norm"]:
-                z = layer_norm(z, p["ffn_norm"])
+            normed = layer_norm(z, p["ffn_norm"]) if config["norm"] else z
+            z = z + dense(gelu(dense(normed, p["ffn_in"])), p["ffn_out"])
         out.append(z)
         seen.append(bool(valid))
     return np.array(out), np.array(seen)

@@ -74,7 +74,6 @@ CONFIGS = {
     "tokens as they are": {"token_norm": False},
     "no fusion": {"fusion": "none"},
     "mlp": {"fusion": "mlp"},
-    "no ffn, no norm": {"ffn_multiplier": 0, "norm": False},
     "no norm": {"norm": False},
     "no ffn": {"ffn_multiplier": 0},
     "segment 5, ragged": {"segment": 5},
@@ -198,7 +197,7 @@ def test_the_cheaper_order_is_taken():
 def test_w_of_one_is_a_gated_value_per_item_and_w_of_l_one_pooled_token():
     t = tokens(lengths=(12, 12, 12, 12, 12))
     mask = t.batch.behaviour_mask
-    plain = dict(ffn_multiplier=0, norm=False)
+    plain = dict(ffn_multiplier=0)
     per_item, pooled = (sta(**plain).clone(segment=w, parent=None) for w in (1, 12))
     variables = weights(
         pooled, t.behaviours, mask, t.candidates,
@@ -217,9 +216,9 @@ def test_w_of_one_is_a_gated_value_per_item_and_w_of_l_one_pooled_token():
     ]
 
 
-def test_a_segment_of_padding_is_exactly_zero_before_the_norm():
+def test_a_segment_of_padding_is_exactly_zero_before_the_ffn():
     t = tokens(lengths=(4, 3, 0, 1, 8))
-    module = sta(ffn_multiplier=0, norm=False)
+    module = sta(ffn_multiplier=0)
     mask = t.batch.behaviour_mask
     variables = weights(
         module, t.behaviours, mask, t.candidates,
