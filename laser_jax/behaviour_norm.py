@@ -5,7 +5,8 @@
 Decided here (laser.md 3 has no such step): see model.py. One function with a gradient of its own,
 as STA reads every behaviour for every candidate and head. XLA on a CPU lets each reader make a
 cheap operand anew, and takes a division for dear: what ends in one is made once. So sigma divides
-last, here and in the gradient (docs/laser.md, Speed, has what that is worth).
+last, here and in the gradient (docs/laser.md, Speed, has what that is worth); and the variance is
+mean(x^2) - mean^2, as in Flax's LayerNorm, for which x - mean need not be an array of its own.
 
 Axis letters: B requests, L history, d model width.
 """
@@ -53,7 +54,8 @@ def normalised(
 def _forward(x, scale, rows, index, mask):
     wide = x.astype(accumulation_dtype(x.dtype))
     mean = wide.mean(-1, keepdims=True)
-    sigma = jnp.sqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + EPSILON)
+    variance = jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean)
+    sigma = jnp.sqrt(jnp.maximum(variance, 0) + EPSILON)
     y = jnp.where(mask[..., None], (wide - mean) * scale + rows[index] * sigma, 0) / sigma
     return y.astype(x.dtype), (x, mean, sigma, scale, rows, index, mask)
 

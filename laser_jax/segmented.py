@@ -41,6 +41,14 @@ GATES = ("sigmoid", "softmax")
 POOLS = ("sum", "mean")
 
 
+def of_heads(key: jax.Array, shape: tuple[int, int, int], dtype=jnp.float32) -> jax.Array:
+    """Xavier's uniform of the one matrix [d, H k] that [H, d, k] holds: heads lead, so that a
+    product of one head reads its part in place, where a CPU would copy it first."""
+    h, d, k = shape
+    whole = nn.initializers.xavier_uniform()(key, (d, h * k), dtype)
+    return jnp.moveaxis(whole.reshape(d, h, k), 1, 0)
+
+
 @flax.struct.dataclass
 class History:
     """A request's behaviours as all its candidates read them, padded on the left to L' = S w.
@@ -86,8 +94,8 @@ class SegmentedTargetAttention(nn.Module):
         d, h, k = self.width, self.num_heads, self.key_width
         init = nn.initializers.xavier_uniform()
         self.query_kernel = self.param("query", init, (d, h * k))
-        self.key_kernel = self.param("key", init, (d, h * k))
-        self.value_kernel = self.param("value", init, (d, d))
+        self.key_kernel = self.param("key", of_heads, (h, d, k))
+        self.value_kernel = self.param("value", of_heads, (h, d, d // h))
         # Of a sum, so that it starts near the size of one behaviour; a mean needs none.
         start = -math.log(self.segment) if self.pool == "sum" else 0.0
         self.bias = self.param("bias", nn.initializers.constant(start), (h,))
@@ -110,7 +118,8 @@ class SegmentedTargetAttention(nn.Module):
             return History(x, None, None, mask)
         heads = (b, length + left, self.num_heads, -1)
         keys, values = (
-            token_product(x, w).reshape(heads) for w in (self.key_kernel, self.value_kernel)
+            token_product(x, jnp.moveaxis(w, 0, 1).reshape(d, -1)).reshape(heads)
+            for w in (self.key_kernel, self.value_kernel)
         )
         return History(x, keys, values, mask)
 
@@ -128,8 +137,7 @@ class SegmentedTargetAttention(nn.Module):
         (b, c, d), h, k = candidates.shape, self.num_heads, self.key_width
         query = (candidates @ self.query_kernel).reshape(b, c, h, k)
         if history.keys is None:
-            folded = self.key_kernel.reshape(d, h, k) * k**-0.5
-            query = jnp.einsum("bchk,dhk->bchd", query, folded)
+            query = jnp.einsum("bchk,hdk->bchd", query * k**-0.5, self.key_kernel)
             z = segmented_target_attention(
                 query,
                 history.behaviours.reshape(b, -1, 1, d),
@@ -140,8 +148,9 @@ class SegmentedTargetAttention(nn.Module):
                 activation=self.gate,
                 scale=1.0,
             )
-            z, kernels = z.reshape(b, -1, h, d), jnp.split(self.value_kernel, h, 1)
-            z = jnp.concatenate([token_product(z[:, :, i], kernels[i]) for i in range(h)], -1)
+            z = z.reshape(b, -1, h, d)
+            of_head = [token_product(z[:, :, i], self.value_kernel[i]) for i in range(h)]
+            z = jnp.concatenate(of_head, -1)
         else:
             z = segmented_target_attention(
                 query,

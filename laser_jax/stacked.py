@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.softmax import masked_softmax
+from laser_jax.segmented import of_heads
 
 
 class StackedLayer(nn.Module):
@@ -32,17 +33,14 @@ class StackedLayer(nn.Module):
     def __call__(self, u: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
         """u [B, C, d], segments [B, C, S, d], mask [B, S] bool -> [B, C, d]."""
         (*_, d), h = u.shape, self.num_heads
-        init = nn.initializers.xavier_uniform()
-        of_query, of_key, of_value = (
-            self.param(name, init, (d, d)).reshape(d, h, d // h)
-            for name in ("query", "key", "value")
-        )
-        query = jnp.einsum("bcd,dhk->bchk", u, of_query) * (d // h) ** -0.5
-        query = jnp.einsum("bchk,dhk->bchd", query, of_key)
+        of_query = self.param("query", nn.initializers.xavier_uniform(), (d, d))
+        of_key, of_value = (self.param(name, of_heads, (h, d, d // h)) for name in ("key", "value"))
+        query = (u @ of_query).reshape(*u.shape[:-1], h, -1) * (d // h) ** -0.5
+        query = jnp.einsum("bchk,hdk->bchd", query, of_key)
         logits = jnp.einsum("bchd,bcsd->bchs", query, segments)
         weights = masked_softmax(logits, mask[:, None, None]).astype(segments.dtype)
         pooled = jnp.einsum("bchs,bcsd->bchd", weights, segments)
-        heads = jnp.einsum("bchd,dhk->bchk", pooled, of_value).reshape(u.shape)
+        heads = jnp.einsum("bchd,hdk->bchk", pooled, of_value).reshape(u.shape)
         u = nn.LayerNorm(name="norm")(u + nn.Dense(d, use_bias=False, name="out")(heads))
         hidden = nn.gelu(nn.Dense(self.ffn_multiplier * d, name="ffn_in")(u))
         return nn.LayerNorm(name="ffn_norm")(u + nn.Dense(d, name="ffn_out")(hidden))

@@ -46,13 +46,13 @@ def segmented(p, candidate, x, mask, config):
             query = candidate @ p["query"][:, cut]
             valid = [i for i in positions if mask[i]]
             scores = [
-                query @ (x[i] @ p["key"][:, cut]) / math.sqrt(k) + p["bias"][head] for i in valid
+                query @ (x[i] @ p["key"][head]) / math.sqrt(k) + p["bias"][head] for i in valid
             ]
             if config["gate"] == "softmax":
                 gates = softmax(np.array(scores)) if scores else []
             else:
                 gates = [sigmoid(s) for s in scores]
-            value = p["value"][:, head * (d // h) : (head + 1) * (d // h)]
+            value = p["value"][head]
             z = np.zeros(d // h)
             for gate, i in zip(gates, valid, strict=True):
                 z = z + gate * (x[i] @ value)
@@ -76,8 +76,8 @@ def stacked(p, candidate, segments, seen, num_layers, h):
             cut = slice(head * (d // h), (head + 1) * (d // h))
             query = u @ layer["query"][:, cut]
             if len(kept):
-                logits = kept @ layer["key"][:, cut] @ query / math.sqrt(d // h)
-                heads.append(softmax(logits) @ (kept @ layer["value"][:, cut]))
+                logits = kept @ layer["key"][head] @ query / math.sqrt(d // h)
+                heads.append(softmax(logits) @ (kept @ layer["value"][head]))
             else:
                 heads.append(np.zeros(d // h))
         u = layer_norm(u + dense(np.concatenate(heads), layer["out"]), layer["norm"])
