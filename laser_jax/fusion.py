@@ -98,8 +98,8 @@ class Fusion(nn.Module):
         candidates: jax.Array,
         profile: jax.Array,
     ) -> jax.Array:
-        """refined u_M and candidates [B, C, d], segments [B, C, S, d], zero outside mask [B, S],
-        profile [B, p] -> [B, C, d]."""
+        """refined u_M and candidates [B, C, d], segments [B, C, S, d], mask [B, S] bool, profile
+        [B, p] -> [B, C, d]."""
         if self.kind == "none":
             return refined
         x = self.tokens(refined, segments, mask, candidates, profile)
@@ -115,7 +115,7 @@ class Fusion(nn.Module):
     def tokens(self, refined, segments, mask, candidates, profile) -> jax.Array:
         """[T, B, C, d]; the slots of segments that hold nothing are zero."""
         b, c, s, d = segments.shape
-        recent = segments[:, :, max(s - self.recent, 0) :]
+        recent = jnp.where(mask[:, None, :, None], segments, 0)[:, :, max(s - self.recent, 0) :]
         recent = jnp.pad(recent, ((0, 0), (0, 0), (self.recent - recent.shape[2], 0), (0, 0)))
         free = self.num_tokens - self.recent - 3
         groups = nn.Dense(free * d, name="profile")(profile).reshape(b, 1, free, d)

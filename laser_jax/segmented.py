@@ -132,7 +132,8 @@ class SegmentedTargetAttention(nn.Module):
         return candidates * of_one < length * (h * k + d) * (d + candidates)
 
     def __call__(self, candidates: jax.Array, history: History) -> jax.Array:
-        """candidates [B, C, d] -> segments [B, C, S, d]; those without a behaviour are zero."""
+        """candidates [B, C, d] -> segments [B, C, S, d]. Those without a behaviour hold anything:
+        history.segments(w) tells them."""
         (b, c, d), h, k = candidates.shape, self.num_heads, self.key_width
         query = (candidates @ self.query_kernel).reshape(b, c, h, k)
         if history.keys is None:
@@ -166,5 +167,4 @@ class SegmentedTargetAttention(nn.Module):
         if self.ffn_multiplier:
             normed = self.ffn_norm(z) if self.norm else z
             z = z + self.ffn_out(nn.gelu(self.ffn_in(normed)))
-        seen = history.segments(self.segment)[:, None, :, None]
-        return jnp.where(seen, z.reshape(b, c, -1, d), 0)
+        return z.reshape(b, c, -1, d)

@@ -55,9 +55,10 @@ class StackedTargetAttention(nn.Module):
 
     @nn.compact
     def __call__(self, candidates: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
-        """candidates [B, C, d], segments [B, C, S, d], mask [B, S] bool -> u_M [B, C, d]. Segments
-        outside the mask meet a weight of zero; they have to be finite."""
+        """candidates [B, C, d], segments [B, C, S, d], mask [B, S] bool -> u_M [B, C, d]."""
         u = candidates
+        # What an empty segment holds meets a weight of zero: it has to be finite, so zero.
+        segments = jnp.where(mask[:, None, :, None], segments, 0)
         for i in range(self.num_layers):
             u = StackedLayer(self.num_heads, self.ffn_multiplier, name=f"layer_{i}")(
                 u, segments, mask

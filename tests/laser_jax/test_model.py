@@ -216,9 +216,9 @@ def test_w_of_one_is_a_gated_value_per_item_and_w_of_l_one_pooled_token():
     ]
 
 
-def test_a_segment_of_padding_is_exactly_zero():
+def test_a_segment_of_padding_is_exactly_zero_before_the_ffn():
     t = tokens(lengths=(4, 3, 0, 1, 8))
-    module = sta()
+    module = sta(ffn_multiplier=0)
     mask = t.batch.behaviour_mask
     variables = weights(
         module, t.behaviours, mask, t.candidates,
