@@ -2,11 +2,13 @@
 
     y_l = (x_l - mean_l) / sigma_l * scale + bias + table[index_l]
 
-Decided here (laser.md 3 has no such step): see model.py. One function with a gradient of its own,
-as STA reads every behaviour for every candidate and head. XLA on a CPU lets each reader make a
-cheap operand anew, and takes a division for dear: what ends in one is made once. So sigma divides
-last, here and in the gradient (docs/laser.md, Speed, has what that is worth); and the variance is
-mean(x^2) - mean^2, as in Flax's LayerNorm, for which x - mean need not be an array of its own.
+Decided here (laser.md 3 has no such step): see model.py. The variance is mean(x^2) - mean^2, as in
+Flax's LayerNorm, for which x - mean need not be an array of its own.
+
+XLA on a CPU lets each reader make a cheap operand anew. In training STA's two passes and this
+function's gradient read y many times, and y is better made once (a third of the interest's time,
+docs/laser.md). What XLA does not repeat is a division, but it makes a product of one by a row's
+number. So in training the divisor is written as one that could differ from element to element.
 
 Axis letters: B requests, L history, d model width.
 """
@@ -48,15 +50,26 @@ def normalised(
     x: jax.Array, scale: jax.Array, rows: jax.Array, index: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """y of the equation in x's dtype, bias within rows [n, d]; gradients to x, scale and rows."""
-    return _forward(x, scale, rows, index, mask)[0]
+    wide, mean, sigma = _statistics(x)
+    return _scaled((wide - mean) / sigma, scale, rows, index, mask).astype(x.dtype)
 
 
-def _forward(x, scale, rows, index, mask):
+def _statistics(x):
     wide = x.astype(accumulation_dtype(x.dtype))
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean)
-    sigma = jnp.sqrt(jnp.maximum(variance, 0) + EPSILON)
-    y = jnp.where(mask[..., None], (wide - mean) * scale + rows[index] * sigma, 0) / sigma
+    return wide, mean, jnp.sqrt(jnp.maximum(variance, 0) + EPSILON)
+
+
+def _scaled(unit, scale, rows, index, mask):
+    return jnp.where(mask[..., None], unit * scale + rows[index], 0)
+
+
+def _forward(x, scale, rows, index, mask):
+    wide, mean, sigma = _statistics(x)
+    # Equal to sigma, as what is NaN stays so; but for all that XLA knows not of one row.
+    sigma_of_element = jnp.where(wide == wide, sigma, 1)
+    y = _scaled((wide - mean) / sigma_of_element, scale, rows, index, mask)
     return y.astype(x.dtype), (x, mean, sigma, scale, rows, index, mask)
 
 
@@ -64,13 +77,11 @@ def _backward(residuals, dy):
     x, mean, sigma, scale, rows, index, mask = residuals
     dy = jnp.where(mask[..., None], dy, 0).astype(mean.dtype)
     unit = (x.astype(mean.dtype) - mean) / sigma
-    along_unit = dy * (x.astype(mean.dtype) - mean) / sigma  # of scale
+    dy_unit = dy * unit
     # Means over d as products with `scale`: as sums they take XLA on a CPU ten times as long.
     weights = scale.astype(mean.dtype)[:, None] / len(scale)
-    inner = dy * scale - dy @ weights - unit * (along_unit @ weights)
-    dx = inner / sigma
-    dscale = jnp.sum(along_unit, (0, 1))
-    drows = summed_by_row(index, dy, len(rows))
+    dx = (dy * scale - dy @ weights - unit * (dy_unit @ weights)) / sigma
+    dscale, drows = jnp.sum(dy_unit, (0, 1)), summed_by_row(index, dy, len(rows))
     return dx.astype(x.dtype), dscale.astype(scale.dtype), drows.astype(rows.dtype), None, None
 
 
