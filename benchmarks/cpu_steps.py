@@ -2,6 +2,7 @@
 
     python -m benchmarks.cpu_steps rows  --raw_dir=DIR    tokens of rows, not vectors
     python -m benchmarks.cpu_steps tiles --raw_dir=DIR    requests not all together
+    python -m benchmarks.cpu_steps once --raw_dir=DIR     LASER's normalised behaviours made once
     ... [--pages sparsectr_movielens laser_movielens:din]
 
 One core, one CPU device, one batch of the page's training split; the step with and the step without
@@ -26,10 +27,12 @@ from ctr_jax import din_attention, embedding, history_model, sharding, steps
 from ctr_jax.data import open_data, pipeline
 from ctr_jax.reports import format_table
 from kernels.absorbed_target_attention import row_tiles
+from laser_jax import behaviour_norm
 
 LASER = [f"laser_movielens{row}" for row in ("", ":base", ":din", ":twin", ":hstu", ":transformer")]
 PAGES = {
     "rows": ["sparsectr_movielens", "lrea_movielens:L500", *LASER],
+    "once": ["laser_movielens"],
     "tiles": ["lrea_movielens", "lrea_movielens:L500", "din_long_movielens", *LASER],
 }
 
@@ -41,6 +44,8 @@ def without(what: str):
         put = lambda *of: stack.enter_context(mock.patch.object(*of))  # noqa: E731
         if what == "rows":
             put(embedding, "reads_rows", lambda part: False)
+        elif what == "once":
+            put(behaviour_norm, "at_elements", lambda sigma, x: sigma)
         else:
             put(history_model, "TILE_BYTES", {})
             put(din_attention, "TILE_BYTES", {"cpu": 1 << 40})

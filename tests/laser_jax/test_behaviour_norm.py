@@ -1,6 +1,7 @@
 """LayerNorm with recency added, against its definition in float64 and the gradients of that."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +80,17 @@ def test_without_recency_it_is_a_layer_norm_with_a_bias():
     y = BehaviourNorm().apply(params, x, mask)
     expected = definition(x, params["params"]["scale"], params["params"]["bias"][None], 0, mask)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA does on a CPU")
+def test_in_training_it_is_made_once_for_all_its_readers():
+    args = arguments(0, 2, 8, 4, 3)
+    weights = jnp.ones((4, 5))
+
+    def loss(x, *rest):
+        y = normalised(x, *rest)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(y.sum(1))) + jnp.sum(jnp.tanh(y @ weights))
+
+    text = jax.jit(jax.value_and_grad(loss)).lower(*args).compile().as_text()
+    divisions = re.findall(r"= f32\[2,8,4\]\S* divide\(", text)
+    assert len(divisions) == 1
