@@ -63,8 +63,8 @@ def at_elements(sigma: jax.Array, x: jax.Array) -> jax.Array:
     """sigma [..., 1] at each element of x [..., d] (1 where that is NaN), to divide by.
 
     XLA does not repeat a division. But it makes one by a row's number a product, which it takes for
-    cheap and repeats; that this is a row's number it cannot see. A quarter to a half more steps a
-    second (`python -m benchmarks.cpu_steps once`).
+    cheap and repeats; that this is a row's number it cannot see. Some hundredths of a training step
+    (`python -m benchmarks.cpu_steps once`).
     """
     return jnp.where(x == x, sigma, 1)
 
