@@ -134,18 +134,22 @@ class State:
             self.open_segments()
 
     def switch_log(self, manifest: dict) -> bool:
-        """Goes on with a newer checkpoint's log if this state has all that came before it."""
+        """Goes on with a newer checkpoint's log if this state has all that came before it.
+
+        Raises:
+          FileNotFoundError: that log is gone already; nothing has changed.
+        """
         if manifest.get("previous") != [self.log_path.name, self.log_end]:
             return False
         if [s.to_json() for s in self.schemas.values()] != manifest["schemas"]:
             return False
         if list(self.names) != manifest["streams"]:
             return False
-        self.manifest = manifest
-        self.log_path = _inside(self.directory, manifest["log"])
+        path = _inside(self.directory, manifest["log"])
+        # Before anything changes: a newer checkpoint may have removed it since.
+        log_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         os.close(self._log_fd)
-        self._log_fd = os.open(self.log_path, os.O_RDONLY | os.O_CLOEXEC)
-        self.log_end = 0
+        self.manifest, self.log_path, self._log_fd, self.log_end = manifest, path, log_fd, 0
         self.committed = {int(s): int(b) for s, b in manifest["segments"].items()}
         self.segments.forget(set(self.committed))
         # What was missing may have been reclaimed before this reader opened it.

@@ -12,6 +12,7 @@ import pytest
 
 import seqvault
 from seqvault.files import KILL, KILL_POINTS
+from seqvault.manifest import read_manifest
 from tests.seqvault import operations
 from tests.seqvault.failing_files import FailingSync, FullDisk, LossyFiles, UnsyncedFiles
 from tests.seqvault.oracle import SCHEMA, Oracle, draw
@@ -368,6 +369,40 @@ def test_readers_in_other_processes_see_whole_states_only(tmp_path):
     for reader in readers:
         out = reader.stdout.read().split()
         assert reader.wait() == 0 and int(out[0]) > 20 and int(out[1]) > 20
+    vault.close()
+
+
+def test_a_reader_that_finds_the_next_log_gone_goes_on(tmp_path):
+    """Between a reader's look at a checkpoint and at its log, the writer may make another."""
+
+    def append(i):
+        vault.append_many(
+            np.arange(4),
+            {
+                "time": [i] * 4,
+                "item": [i] * 4,
+                "kind": [0] * 4,
+                "seen": [1] * 4,
+                "weight": [0.0] * 4,
+            },
+        )
+
+    vault = seqvault.Vault.create(tmp_path / "v", SCHEMA, **OPTIONS)
+    append(0)
+    reader = seqvault.Vault.open(tmp_path / "v")
+    vault.checkpoint()
+    between, _ = read_manifest(tmp_path / "v")
+    append(1)
+    vault.checkpoint()
+    assert not (tmp_path / "v" / between["log"]).exists()
+    with pytest.raises(FileNotFoundError):
+        reader._state.switch_log(between)
+    found = reader.last_n(np.arange(4), 3)
+    assert found["item"].tolist() == [[0, 0, 1]] * 4
+    assert found["mask"].tolist() == [[False, True, True]] * 4
+    append(2)
+    assert reader.last_n(np.arange(4), 1)["item"].tolist() == [[2]] * 4
+    reader.close()
     vault.close()
 
 
