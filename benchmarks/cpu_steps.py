@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu_steps rows  --raw_dir=DIR    tokens of rows, not vectors
     python -m benchmarks.cpu_steps tiles --raw_dir=DIR    requests not all together
-    python -m benchmarks.cpu_steps once --raw_dir=DIR     LASER's normalised behaviours made once
+    python -m benchmarks.cpu_steps once  --raw_dir=DIR    LASER's normalised behaviours made once
     ... [--pages sparsectr_movielens laser_movielens:din]
 
 One core, one CPU device, one batch of the page's training split; the step with and the step without

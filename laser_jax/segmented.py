@@ -10,8 +10,8 @@ note: L = 1000, w = 10, d = 128). The equations are not published. Decided here 
 
 laser.md 3 has z_j = LN(concat_h(z_j) W_O), z_j = LN(z_j + FFN(z_j)). That brings every segment to
 the same size, so that how much of it is relevant, which the gates have found, is lost: it costs
-.06 of AUC on generated data (docs/laser.md). LayerNorm is the FFN's alone here, and the FFN starts
-at zero, as its output is of one size whatever the segment's.
+.06 of AUC on generated data, in one seed (docs/laser.md). LayerNorm is the FFN's alone here, and
+the FFN starts at zero, as its output is of one size whatever the segment's.
 
 Segments are aligned so that the newest is full. Two orders of the projections give the same; the
 one with fewer multiplications is taken (the sums are kernels/segmented_target_attention):
