@@ -52,6 +52,22 @@ def _masked_max_backward(saved, cotangent):
 masked_max.defvjp(lambda *args: (masked_max(*args), args), _masked_max_backward)
 
 
+@jax.custom_vjp
+def per_token_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[T, n, i] x [T, i, o] -> [T, n, o]: a matrix for each token."""
+    return jnp.einsum("tni,tio->tno", x, kernel)
+
+
+def _per_token_backward(saved, g):
+    # As the kernel lies: JAX's own gradient makes it transposed, and XLA on a CPU copies that.
+    x, kernel = saved
+    dx, dkernel = jnp.einsum("tno,tio->tni", g, kernel), jnp.einsum("tni,tno->tio", x, g)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+per_token_product.defvjp(lambda *args: (per_token_product(*args), args), _per_token_backward)
+
+
 class RankMixerBlock(nn.Module):
     """One block; `multiplier` is the hidden width of each token's MLP over d."""
 
@@ -70,7 +86,7 @@ class RankMixerBlock(nn.Module):
     def _per_token(self, x, name, init, shape):
         kernel = self.param(f"{name}_kernel", init, shape)
         bias = self.param(f"{name}_bias", nn.initializers.zeros, (shape[0], shape[2]))
-        rows = jnp.einsum("tni,tio->tno", x.reshape(shape[0], -1, shape[1]), kernel)
+        rows = per_token_product(x.reshape(shape[0], -1, shape[1]), kernel)
         return (rows + bias[:, None]).reshape(*x.shape[:-1], shape[2])
 
 

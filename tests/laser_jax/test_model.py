@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ctr_jax.history_model import Tokens
 from kernels.segmented_target_attention import segmented_target_attention
 from laser_jax import model
-from laser_jax.fusion import masked_max
+from laser_jax.fusion import masked_max, per_token_product
 from laser_jax.segmented import SegmentedTargetAttention
 from tests.laser_jax import reference
 from tests.lrea_jax.cases import QUICK, SPEC, batch_of, changed
@@ -154,6 +154,18 @@ def test_the_largest_segment_of_each_width_takes_the_gradient(c, s, seed):
         found, back = jax.vjp(lambda x: masked_max(x, jnp.asarray(mask)), jnp.asarray(segments))
         np.testing.assert_array_equal(found, largest)
         np.testing.assert_array_equal(back(jnp.asarray(pull))[0], gradient)
+
+
+def test_a_matrix_for_each_token_and_both_its_gradients():
+    rng = np.random.default_rng(0)
+    x, kernel, pull = (rng.normal(size=s) for s in ((3, 4, 5), (3, 5, 2), (3, 4, 2)))
+    with jax.enable_x64(True):
+        found, back = jax.vjp(per_token_product, jnp.asarray(x), jnp.asarray(kernel))
+        dx, dkernel = back(jnp.asarray(pull))
+    for t in range(3):
+        np.testing.assert_allclose(found[t], x[t] @ kernel[t], rtol=1e-12)
+        np.testing.assert_allclose(dx[t], pull[t] @ kernel[t].T, rtol=1e-12)
+        np.testing.assert_allclose(dkernel[t], x[t].T @ pull[t], rtol=1e-12)
 
 
 def sta(order="auto", **fields):
