@@ -26,21 +26,22 @@ class Tiling(NamedTuple):
     blocks: int
 
 
-def choose_tiling(batch: int, length: int, heads: int, keys: int, budget: int) -> Tiling:
-    """Tiles of about `budget` logits, of at most 8 requests where a history needs several.
+def choose_tiling(batch: int, length: int, heads: int, keys: int, halo: int, budget: int) -> Tiling:
+    """Tiles of about `budget` logits, of at most 8 requests where a history needs several, then
+    no narrower than `halo`, the positions before it that a tile reads.
 
     The requests of a tile are B / G apart, so that with the batch sharded over up to eight
     devices every device walks over its own rows.
     """
     rows = next(g for g in (8, 4, 2, 1) if batch % g == 0)
     groups = batch // rows
-    widest = max(budget // (rows * heads * keys), 64)
+    widest = max(budget // (rows * heads * keys), -(-halo // 64) * 64, 64)
     if length <= widest:
         more = max(budget // (rows * heads * keys * length), 1)
         factor = next(f for f in range(min(more, groups), 0, -1) if groups % f == 0)
         return Tiling(rows * factor, groups // factor, length, 1)
     # Whole vectors, with as little padding as possible, then as wide as possible.
-    widths = range(64, widest + 1, 64)
+    widths = range(max(-(-halo // 64), 1) * 64, widest + 1, 64)
     width = min(widths, key=lambda t: (-(-length // t) * t, -t))
     return Tiling(rows, groups, width, -(-length // width))
 
@@ -51,17 +52,21 @@ def pad_last(x, tiling: Tiling, before: int = 0):
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((before, after),)) if before + after else x
 
 
-def long(x, tiling: Tiling, before: int = 0):
-    """[B, L, H, K] -> [B, H, K, before + blocks * width]: queries (or keys) minor."""
+def long(x, tiling: Tiling):
+    """[B, L, H, K] -> [B, H, K, blocks * width]: queries (or keys) minor.
+
+    Where blocks * width is L nothing but a transposition, which XLA on a CPU does in blocks; fused
+    with anything else, a scale or a halo, it took four times as long.
+    """
     b, length, heads, width = x.shape
     x = jnp.swapaxes(x.reshape(b, length, heads * width), 1, 2)
-    return pad_last(x, tiling, before).reshape(b, heads, width, -1)
+    return pad_last(x, tiling).reshape(b, heads, width, -1)
 
 
-def unlong(x, length: int, before: int = 0):
+def unlong(x, length: int):
     """The inverse of `long`."""
     b, heads, width, long = x.shape
-    x = jnp.swapaxes(x.reshape(b, heads * width, long)[..., before : before + length], 1, 2)
+    x = jnp.swapaxes(x.reshape(b, heads * width, long)[..., :length], 1, 2)
     return x.reshape(b, length, heads, width)
 
 
@@ -70,15 +75,34 @@ def _groups(x, tiling: Tiling):
     return x.reshape((tiling.rows, tiling.groups) + x.shape[1:])
 
 
-def take(x, tiling: Tiling, row, start=None):
-    """Request group `row`, [G, ...] of [B, ...]; with `start` also the positions of its tile, and
-    what lies before them where x is that much longer."""
+def take(x, tiling: Tiling, row, start=None, width: int = 0):
+    """Request group `row`, [G, ...] of [B, ...]; with `start` the `width` positions from there, 0
+    for a tile's, and for what lies before them where x is that much longer."""
     if tiling.groups > 1:
         x = jax.lax.dynamic_index_in_dim(_groups(x, tiling), row, 1, False)
     if start is None:
         return x
-    width = x.shape[-1] - tiling.width * (tiling.blocks - 1)
+    width = width or x.shape[-1] - tiling.width * (tiling.blocks - 1)
     return jax.lax.dynamic_slice_in_dim(x, start, width, x.ndim - 1)
+
+
+def take_with_halo(x, tiling: Tiling, row, start, halo: int):
+    """[G, ..., halo + T]: a tile after the positions before it; before the first, anything."""
+    own = take(x, tiling, row, start)
+    if tiling.blocks == 1:
+        before = jnp.zeros(own.shape[:-1] + (halo,), own.dtype)
+    else:
+        before = take(x, tiling, row, jnp.maximum(start - np.int32(halo), ZERO), halo)
+    return jnp.concatenate([before, own], -1)
+
+
+def put_with_halo(buffer, tiling: Tiling, x, row, start, halo: int):
+    """Adds x [G, ..., halo + T] to where `take_with_halo` read; 0 stands before the first tile."""
+    buffer = put(buffer, tiling, x[..., halo:], row, start, add=True)
+    if tiling.blocks == 1 or not halo:
+        return buffer
+    before = jnp.maximum(start - np.int32(halo), ZERO)
+    return put(buffer, tiling, x[..., :halo], row, before, add=True)
 
 
 def put(buffer, tiling: Tiling, x, row, start=ZERO, add=False):
@@ -93,14 +117,25 @@ def put(buffer, tiling: Tiling, x, row, start=ZERO, add=False):
     return jax.lax.dynamic_update_slice(buffer, x.astype(buffer.dtype), at).reshape(shape)
 
 
-def loop(tiling: Tiling, body, buffers):
-    """body(row, start, buffers) over all tiles."""
+def loop(tiling: Tiling, read, body, buffers):
+    """body(read(row, start), row, start, buffers) over all tiles.
+
+    A tile is read one turn ahead and carried by the loop, so that it lies in memory of its own.
+    XLA fuses a slice at a place known at run time into whatever reads it, and where it is read at
+    several offsets (by neighbours, by head dimension) loses the vector loop on a CPU.
+    """
     count = tiling.groups * tiling.blocks
     if count == 1:
-        return body(ZERO, ZERO, buffers)
+        return body(read(ZERO, ZERO), ZERO, ZERO, buffers)
 
-    def step(i, buffers):
+    def place(i):
+        return i // tiling.blocks, i % tiling.blocks * tiling.width
+
+    def step(i, state):
         i = i.astype(jnp.int32)
-        return body(i // tiling.blocks, i % tiling.blocks * tiling.width, buffers)
+        tile, buffers = state
+        buffers = body(tile, *place(i), buffers)
+        return read(*place(jnp.minimum(i + 1, np.int32(count - 1)))), buffers
 
-    return jax.lax.fori_loop(ZERO, np.int32(count), step, buffers)
+    start = read(ZERO, ZERO), buffers
+    return jax.lax.fori_loop(ZERO, np.int32(count), step, start)[1]

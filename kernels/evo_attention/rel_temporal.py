@@ -44,23 +44,24 @@ class RelTemporal:
         """Rows of the slopes [3, H] that are in use."""
         return tuple(i for i, on in enumerate((self.time, self.hour, self.weekend)) if on)
 
-    def clock(self, time: jax.Array) -> jax.Array:
-        """What `terms` needs of each time: int32 seconds [B, ...] -> int32 [B, 4, ...].
+    def clock(self, time: jax.Array) -> tuple[jax.Array, ...]:
+        """What `terms` needs of each time, four int32 arrays of the shape of `time`, int32 seconds:
+        the time; its hour (since the epoch mod 24, or of the local day for the clock form); its
+        second within the hour; whether it falls on a weekend.
 
-        The divisions by hours and days are done here, once per time and not once per pair.
-        Rows: the time; its hour (since the epoch mod 24, or of the local day for the clock form);
-        its second within the hour; whether it falls on a weekend.
+        The divisions by hours and days are done here, once per time and not once per pair. Not one
+        array: XLA on a CPU makes no vector loop of terms that read rows of a slice of it.
         """
         hours = time // 3600
         hour = hours % 24 if self.hour_form == "delta" else self.hour_of_day(time)
         weekend = self.is_weekend(time).astype(jnp.int32)
-        return jnp.stack([time, hour, time - hours * 3600, weekend], 1)
+        return time, hour, time - hours * 3600, weekend
 
     def terms(self, query, key, dtype=jnp.float32) -> list[jax.Array]:
         """The factors of the slopes in use: elementwise, so that kernels call it too.
 
         Args:
-          query, key: the four rows of a clock each (`split`), in shapes that broadcast together.
+          query, key: a clock each, in shapes that broadcast together.
         """
         t_i, hour_i, second_i, weekend_i = query
         t_j, hour_j, second_j, weekend_j = key
@@ -87,7 +88,7 @@ class RelTemporal:
 
     def pair_terms(self, t_i: jax.Array, t_j: jax.Array, dtype=jnp.float32) -> list[jax.Array]:
         """`terms` of int32 seconds [B, ...] whose shapes broadcast together."""
-        return self.terms(split(self.clock(t_i)), split(self.clock(t_j)), dtype)
+        return self.terms(self.clock(t_i), self.clock(t_j), dtype)
 
     def hour_of_day(self, time: jax.Array) -> jax.Array:
         """int32 local hour, 0..23."""
@@ -101,11 +102,6 @@ class RelTemporal:
     def _local_minutes(self, time: jax.Array) -> jax.Array:
         # Minutes, so that the shift by the time zone cannot overflow int32 near 2038.
         return time // 60 + round(self.timezone_hours * 60)
-
-
-def split(clock: jax.Array) -> tuple[jax.Array, ...]:
-    """The rows of a clock [B, 4, ...]: four of [B, ...]."""
-    return tuple(jnp.moveaxis(clock, 1, 0))
 
 
 def floor_log2(x: jax.Array) -> jax.Array:

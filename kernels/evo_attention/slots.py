@@ -84,10 +84,9 @@ def candidate_problem(spec: Static, q, prefixes, recent, request_time, size_of):
 
 def _integers(spec, time, position, flag):
     """[B, S, ROWS] of int32 times and positions [B, S] and flags that broadcast to them."""
-    clock = jnp.swapaxes(spec.rel.clock(time), 1, 2)
     flag = jnp.broadcast_to(jnp.asarray(flag, jnp.int32), time.shape)
-    rest = jnp.stack([position, flag] + [jnp.zeros_like(time)] * (ROWS - 6), -1)
-    return jnp.concatenate([clock, rest], -1)
+    rest = [position, flag] + [jnp.zeros_like(time)] * (ROWS - 6)
+    return jnp.stack([*spec.rel.clock(time), *rest], -1)
 
 
 def _user(spec, keys):

@@ -33,10 +33,11 @@ from kernels.evo_attention.layout import (
     loop,
     pad_last,
     put,
+    put_with_halo,
     take,
+    take_with_halo,
     unlong,
 )
-from kernels.evo_attention.rel_temporal import split
 from kernels.softmax import accumulation_dtype
 
 SAVED = "evo_branches"  # jax.checkpoint name of the outputs and their normalisers
@@ -63,10 +64,10 @@ class _Inputs(NamedTuple):
 
     tiling: Tiling
     halo: int
-    q: jax.Array  # [B, H, K, n], scaled
+    q: jax.Array  # [B, H, K, n]; of a tile, scaled
     prefixes: tuple  # of (k [B, H, S, K], v, clock, position)
-    band: tuple | None  # (k [B, H, K, halo + n], v, user_k, user_v)
-    clock: jax.Array  # [B, 4, halo + n]
+    band: tuple | None  # (k [B, H, K, n], v, user_k, user_v); of a tile with its halo
+    clock: tuple  # of four [B, halo + n]
     mask: jax.Array  # [B, halo + n]
     coefficients: jax.Array  # [H, R + 1]
 
@@ -74,8 +75,8 @@ class _Inputs(NamedTuple):
 def _prepare(spec, q, prefixes, band, slopes, times, mask) -> _Inputs:
     dtype = accumulation_dtype(q.dtype)
     keys = [p.k.shape[1] for p in prefixes] + [0 if band is None else spec.window + 1]
-    tiling = choose_tiling(q.shape[0], q.shape[1], q.shape[2], max(keys), _budget(spec))
     halo = 0 if band is None else spec.window - 1
+    tiling = choose_tiling(q.shape[0], q.shape[1], q.shape[2], max(keys), halo, _budget(spec))
 
     def heads_first(x):  # [B, S, H, K] -> [B, H, S, K]
         return jnp.swapaxes(x, 1, 2)
@@ -84,7 +85,7 @@ def _prepare(spec, q, prefixes, band, slopes, times, mask) -> _Inputs:
     return _Inputs(
         tiling,
         halo,
-        long(q * scale_of(q, spec), tiling),
+        long(q, tiling),
         tuple(
             (
                 heads_first(p.k),
@@ -96,14 +97,36 @@ def _prepare(spec, q, prefixes, band, slopes, times, mask) -> _Inputs:
         ),
         band
         and (
-            long(band.k, tiling, halo),
-            long(band.v, tiling, halo),
+            long(band.k, tiling),
+            long(band.v, tiling),
             band.user_k,
             band.user_v,
         ),
-        pad_last(spec.rel.clock(times), tiling, halo),
+        tuple(pad_last(x, tiling, halo) for x in spec.rel.clock(times)),
         pad_last(mask, tiling, halo),
         jnp.stack([*negative, jnp.ones_like(slopes[0], dtype)], 1),
+    )
+
+
+def _tile(x: _Inputs, scale, row, start) -> _Inputs:
+    """The inputs of a tile: of its request group, and of its positions where an array has them."""
+
+    def of(a, start=None):
+        return take(a, x.tiling, row, start)
+
+    return x._replace(
+        tiling=None,
+        halo=None,
+        q=of(x.q, start) * scale,
+        prefixes=jax.tree.map(of, x.prefixes),
+        band=x.band
+        and (
+            *(take_with_halo(a, x.tiling, row, start, x.halo) for a in x.band[:2]),
+            *map(of, x.band[2:]),
+        ),
+        clock=tuple(of(a, start) for a in x.clock),
+        mask=of(x.mask, start),
+        coefficients=None,
     )
 
 
@@ -167,10 +190,20 @@ def _slope_gradients(d_logits, terms):
 
 
 def _prefix_terms(spec, query_clock, query_position, clock, position, dtype):
-    """[G, R + 1, S, T]; clocks [G, 4, T] and [G, 4, S], positions [T] and [G, S]."""
-    terms = spec.rel.terms(split(query_clock[:, :, None]), split(clock[..., None]), dtype)
+    """[G, R + 1, S, T]; clocks of [G, T] and [G, S], positions [T] and [G, S]."""
+    query, key = (x[:, None] for x in query_clock), (x[..., None] for x in clock)
+    terms = spec.rel.terms(query, key, dtype)
     visible = position[:, :, None] < query_position
-    return jnp.stack([*terms, jnp.where(visible, dtype(0), dtype(HIDDEN))], 1)
+    return _stacked([*terms, jnp.where(visible, dtype(0), dtype(HIDDEN))])
+
+
+def _stacked(terms):
+    """jnp.stack at axis 1, one write each: as a concatenation XLA on a CPU may make every element
+    with a choice among the operands, which is no vector loop."""
+    out = jnp.zeros(terms[0].shape[:1] + (len(terms),) + terms[0].shape[1:], terms[0].dtype)
+    for i, term in enumerate(terms):
+        out = jax.lax.dynamic_update_index_in_dim(out, term, i, 1)
+    return out
 
 
 def _shifted(x, s: int, w: int):
@@ -179,11 +212,15 @@ def _shifted(x, s: int, w: int):
 
 
 def _band_terms(spec, clock, mask, dtype):
-    """[G, R + 1, w + 1, T] from clock [G, 4, T + w - 1] and mask [G, T + w - 1]."""
+    """[G, R + 1, w + 1, T] from a clock of [G, T + w - 1] and mask [G, T + w - 1]."""
     w = spec.window
-    key_clock = jnp.stack([_shifted(clock, s, w) for s in range(w)], 2)
-    visible = jnp.stack([_shifted(mask, s, w) for s in range(w)], 1)
-    terms = spec.rel.terms(split(_shifted(clock, 0, w)[:, :, None]), split(key_clock), dtype)
+
+    def shifts(x):
+        return jnp.stack([_shifted(x, s, w) for s in range(w)], 1)
+
+    visible = shifts(mask)
+    query = (_shifted(x, 0, w)[:, None] for x in clock)
+    terms = spec.rel.terms(query, map(shifts, clock), dtype)
     terms = jnp.stack([*terms, jnp.where(visible, dtype(0), dtype(HIDDEN))], 1)
     # The user key comes first: no bias, always visible.
     return jnp.pad(terms, ((0, 0), (0, 0), (1, 0), (0, 0)))
@@ -212,10 +249,10 @@ def _band_over_keys(x, v, user_v, w: int):
 
 def _band_over_queries(x, q, w: int):
     """Weights [G, H, w, T] and q [G, H, K, T] -> [G, H, K, T + w - 1], the keys' gradients."""
-    edge = ((0, 0),) * 3 + ((w - 1, w - 1),)
-    x, q = jnp.pad(x, edge), jnp.pad(q, edge)
-    n = x.shape[-1] - (w - 1)
-    return sum(x[:, :, s, None, s : s + n] * q[..., s : s + n] for s in range(w))
+    edges = ((w - 1 - s, s) for s in range(w))
+    return sum(
+        jnp.pad(x[:, :, s, None] * q, ((0, 0),) * 3 + (edge,)) for s, edge in enumerate(edges)
+    )
 
 
 # ---- forward and backward over all tiles -----------------------------------------------------
@@ -228,10 +265,9 @@ def _forward(spec, q, prefixes, band, slopes, times, mask):
     out = (jnp.zeros_like(x.q),) * branches
     log_total = (jnp.zeros(x.q.shape[:2] + x.q.shape[3:], dtype),) * branches
 
-    def body(row, start, buffers):
+    def body(tile, row, start, buffers):
         out, log_total = (list(b) for b in buffers)
-        q_tile = take(x.q, x.tiling, row, start)
-        clock = take(x.clock, x.tiling, row, start)
+        query_clock = tuple(c[..., halo:] for c in tile.clock)
         position = start + jnp.arange(width, dtype=jnp.int32)
 
         def finish(branch, unscaled, total, peak):
@@ -241,12 +277,9 @@ def _forward(spec, q, prefixes, band, slopes, times, mask):
                 log_total[branch], x.tiling, _log_total(total, peak), row, start
             )
 
-        for branch, prefix in enumerate(x.prefixes):
-            k, v, key_clock, key_position = (take(a, x.tiling, row) for a in prefix)
-            terms = _prefix_terms(
-                spec, clock[..., halo:], position, key_clock, key_position, dtype.type
-            )
-            weights, peak = _exp_of(_product(k, q_tile) + _bias(x.coefficients, terms))
+        for branch, (k, v, key_clock, key_position) in enumerate(tile.prefixes):
+            terms = _prefix_terms(spec, query_clock, position, key_clock, key_position, dtype.type)
+            weights, peak = _exp_of(_product(k, tile.q) + _bias(x.coefficients, terms))
             # A row of ones among the values sums the weights in the same product.
             v_one = jnp.concatenate([jnp.swapaxes(v, 2, 3), jnp.ones_like(v[:, :, None, :, 0])], 2)
             unscaled = _over_keys(v_one, weights)
@@ -254,16 +287,16 @@ def _forward(spec, q, prefixes, band, slopes, times, mask):
             total = unscaled[:, :, -1] if q.dtype == dtype else jnp.sum(weights, 2)
             finish(branch, unscaled[:, :, :-1], total, peak)
         if x.band is not None:
-            k, v = (take(a, x.tiling, row, start).astype(dtype) for a in x.band[:2])
-            user_k, user_v = (take(a, x.tiling, row).astype(dtype) for a in x.band[2:])
-            terms = _band_terms(spec, clock, take(x.mask, x.tiling, row, start), dtype.type)
-            logits = _band_products(q_tile.astype(dtype), k, user_k, w)
+            k, v, user_k, user_v = (a.astype(dtype) for a in tile.band)
+            terms = _band_terms(spec, tile.clock, tile.mask, dtype.type)
+            logits = _band_products(tile.q.astype(dtype), k, user_k, w)
             weights, peak = _exp_of(logits + _bias(x.coefficients, terms))
             unscaled = _band_over_keys(weights, v, user_v, w)
             finish(branches - 1, unscaled, jnp.sum(weights, 2), peak)
         return tuple(out), tuple(log_total)
 
-    out, log_total = loop(x.tiling, body, (out, log_total))
+    read = functools.partial(_tile, x, scale_of(q, spec))
+    out, log_total = loop(x.tiling, read, body, (out, log_total))
     return tuple(unlong(o, q.shape[1]) for o in out), log_total
 
 
@@ -282,11 +315,8 @@ def _backward_rule(spec, residuals, d_out):
     # do . out is the weights' mean of do . v, unless out was rounded: the error would not sum to 0
     # over the keys, and the slopes' gradients multiply it by a time's logarithm.
     exact = q.dtype == dtype
-    do_out = [
-        pad_last(jnp.einsum("blhk,blhk->bhl", a, b, preferred_element_type=dtype), x.tiling)
-        for a, b in zip(d_out, out, strict=True)
-    ]
-    d_out = [long(o, x.tiling) for o in d_out]
+    scale = scale_of(q, spec)
+    d_out, out = ([long(o, x.tiling) for o in y] for y in (d_out, out))
 
     def zeros(a):
         return jnp.zeros(a.shape, dtype)
@@ -298,25 +328,28 @@ def _backward_rule(spec, residuals, d_out):
         "coefficients": zeros(x.coefficients),
     }
 
-    def body(row, start, grads):
+    def read(row, start):
+        """The inputs; of each branch the cotangent [G, H, K, T], the output and its log
+        normaliser."""
+        branches = ((take(a, x.tiling, row, start) for a in y) for y in (d_out, out, log_total))
+        return _tile(x, scale, row, start), list(zip(*branches, strict=True))
+
+    def body(tile, row, start, grads):
+        tile, cotangents = tile
         grads = dict(grads)
-        q_tile = take(x.q, x.tiling, row, start)
-        clock = take(x.clock, x.tiling, row, start)
+        query_clock = tuple(c[..., halo:] for c in tile.clock)
         position = start + jnp.arange(width, dtype=jnp.int32)
         dq = []
         d_prefixes = list(grads["prefixes"])
 
-        def of_branch(branch):
-            """The cotangent [G, H, K, T], its product with the output, the log normaliser."""
-            return (take(a[branch], x.tiling, row, start) for a in (d_out, do_out, log_total))
+        def dot_out(do, result):  # [G, H, T]
+            return jnp.sum(do.astype(dtype) * result.astype(dtype), 2)
 
-        for branch, prefix in enumerate(x.prefixes):
-            k, v, key_clock, key_position = (take(a, x.tiling, row) for a in prefix)
-            do, product, total = of_branch(branch)
-            terms = _prefix_terms(
-                spec, clock[..., halo:], position, key_clock, key_position, dtype.type
-            )
-            logits = _product(k, q_tile) + _bias(x.coefficients, terms)
+        for branch, (k, v, key_clock, key_position) in enumerate(tile.prefixes):
+            do, result, total = cotangents[branch]
+            product = dot_out(do, result)
+            terms = _prefix_terms(spec, query_clock, position, key_clock, key_position, dtype.type)
+            logits = _product(k, tile.q) + _bias(x.coefficients, terms)
             weights = jnp.exp(logits - total[:, :, None])
             if exact:
                 # A column of -1 among the values subtracts do . out in the same product.
@@ -327,17 +360,17 @@ def _backward_rule(spec, residuals, d_out):
                 d_logits = _softmax_gradient(weights, _product(v, do))
             dq.append(_over_keys(jnp.swapaxes(k, 2, 3), d_logits))
             dk, dv = d_prefixes[branch]
-            dk = put(dk, x.tiling, _over_queries(d_logits, q_tile), row, add=True)
+            dk = put(dk, x.tiling, _over_queries(d_logits, tile.q), row, add=True)
             dv = put(dv, x.tiling, _over_queries(weights, do), row, add=True)
             d_prefixes[branch] = (dk, dv)
             grads["coefficients"] += _slope_gradients(d_logits, terms)
         if x.band is not None:
-            k, v = (take(a, x.tiling, row, start).astype(dtype) for a in x.band[:2])
-            user_k, user_v = (take(a, x.tiling, row).astype(dtype) for a in x.band[2:])
-            q_wide = q_tile.astype(dtype)
-            do, product, total = of_branch(len(x.prefixes))
+            k, v, user_k, user_v = (a.astype(dtype) for a in tile.band)
+            q_wide = tile.q.astype(dtype)
+            do, result, total = cotangents[-1]
+            product = dot_out(do, result)
             do = do.astype(dtype)
-            terms = _band_terms(spec, clock, take(x.mask, x.tiling, row, start), dtype.type)
+            terms = _band_terms(spec, tile.clock, tile.mask, dtype.type)
             logits = _band_products(q_wide, k, user_k, w) + _bias(x.coefficients, terms)
             weights = jnp.exp(logits - total[:, :, None])
             d_weights = _band_products(do, v, user_v, w)
@@ -350,8 +383,8 @@ def _backward_rule(spec, residuals, d_out):
             dk_tile = _band_over_queries(d_logits[:, :, 1:], q_wide, w)
             dv_tile = _band_over_queries(weights[:, :, 1:], do, w)
             grads["band"] = (
-                put(dk, x.tiling, dk_tile, row, start, add=True),
-                put(dv, x.tiling, dv_tile, row, start, add=True),
+                put_with_halo(dk, x.tiling, dk_tile, row, start, halo),
+                put_with_halo(dv, x.tiling, dv_tile, row, start, halo),
                 put(
                     d_user_k,
                     x.tiling,
@@ -365,10 +398,10 @@ def _backward_rule(spec, residuals, d_out):
             )
             grads["coefficients"] += _slope_gradients(d_logits, terms)
         grads["prefixes"] = tuple(d_prefixes)
-        grads["q"] = put(grads["q"], x.tiling, sum(dq), row, start)
+        grads["q"] = put(grads["q"], x.tiling, sum(dq) * scale, row, start)
         return grads
 
-    grads = loop(x.tiling, body, grads)
+    grads = loop(x.tiling, read, body, grads)
 
     def short(a, like):  # [B, H, S, K] -> [B, S, H, K]
         return jnp.swapaxes(a, 1, 2).astype(like.dtype)
@@ -381,15 +414,15 @@ def _backward_rule(spec, residuals, d_out):
     if band is not None:
         dk, dv, d_user_k, d_user_v = grads["band"]
         d_band = Band(
-            unlong(dk, length, halo).astype(band.k.dtype),
-            unlong(dv, length, halo).astype(band.v.dtype),
+            unlong(dk, length).astype(band.k.dtype),
+            unlong(dv, length).astype(band.v.dtype),
             d_user_k.reshape(band.user_k.shape).astype(band.user_k.dtype),
             d_user_v.reshape(band.user_v.shape).astype(band.user_v.dtype),
         )
     d_slopes = jnp.zeros_like(slopes)
     for i, part in enumerate(spec.rel.parts):
         d_slopes = d_slopes.at[part].set(-grads["coefficients"][:, i].astype(slopes.dtype))
-    dq = unlong(grads["q"], length) * scale_of(q, spec)
+    dq = unlong(grads["q"], length)
     return dq.astype(q.dtype), d_prefixes, d_band, d_slopes, None, None
 
 

@@ -156,15 +156,24 @@ def test_tiles_of_several_blocks_and_groups():
     # groups of requests walked one by one.
     histories = [("random", 150), ("tied", 170), ("random", 64), ("random", 0)] * 4
     check(7, histories, 3, 2, 6, length=170, tile=100)
-    assert choose_tiling(16, 170, H, 7, 100) == (8, 2, 64, 3)
+    assert choose_tiling(16, 170, H, 7, 5, 100) == (8, 2, 64, 3)
+
+
+def test_a_band_wider_than_the_smallest_tile():
+    check(7, [("random", 170)], 3, 2, 70, length=170, tile=100)
+    assert choose_tiling(1, 170, H, 71, 69, 100) == (1, 1, 128, 2)
 
 
 def test_tilings_cover_every_query_and_divide_the_batch():
     for batch in (1, 3, 7, 8, 24, 1024):
         for length in (1, 63, 200, 1000, 8192):
             for budget in (1, 50_000, 400_000, 10**8):
-                rows, groups, width, blocks = choose_tiling(batch, length, 8, 54, budget)
-                assert rows * groups == batch and length <= width * blocks < length + max(width, 64)
+                for halo in (0, 4, 99):
+                    tiling = choose_tiling(batch, length, 8, 54, halo, budget)
+                    rows, groups, width, blocks = tiling
+                    assert rows * groups == batch
+                    assert length <= width * blocks < length + max(width, 64)
+                    assert blocks == 1 or halo <= width
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), compiler_options=ref.QUICK)
@@ -262,3 +271,24 @@ def test_no_square_tensor_and_no_gather_of_windows_in_the_compiled_code():
     for shape in shapes:
         assert sum(d >= length for d in shape) < 2, shape
         assert np.prod(shape) < length * min(length, w * heads * width), shape
+
+
+def read_twice(loop, name):
+    """Whether a fused loop reads %name, or what merely moves its elements, more than once."""
+    users = re.findall(rf"(%\S+) = \S+ ([\w-]+)\([^\n]*{re.escape(name)}[,)]", loop)
+    if len(users) == 1 and users[0][1] in ("bitcast", "copy", "reshape", "slice", "transpose"):
+        return read_twice(loop, users[0][0])
+    return len(users) > 1
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA does on a CPU")
+def test_no_loop_reads_a_slice_at_a_place_known_at_run_time_twice():
+    # Such a loop is no vector loop: it reads the place anew for every element.
+    histories = [("random", 150), ("tied", 170)] * 8
+    inputs, integers, _, weights = case(6, histories, 4, 2, 5, 170)
+    low = {n: x.astype(np.float32) for n, x in inputs.items()}
+    spec = evo.EvoSpec(2, 5, tile_logits=100)
+    lowered = sparse_value_and_grad.lower(low, integers, weights, 4, spec)
+    loops = re.findall(r"^%fused\S* .*?^}", lowered.compile({}).as_text(), re.M | re.S)
+    slices = [(x, f) for f in loops for x in re.findall(r"(%\S+) = \S+ dynamic-slice\(", f)]
+    assert slices and not any(read_twice(loop, name) for name, loop in slices)
