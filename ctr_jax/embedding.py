@@ -369,37 +369,47 @@ def _read_all_backward(saved, cotangents):
 _read_all.defvjp(_read_all_forward, _read_all_backward)
 
 
-def sum_of_rows(rows: dict[str, jax.Array], slots: dict[str, jax.Array]) -> jax.Array:
-    """sum over keys of rows[key][slots[key]], zero where a slot lies past the end: rows [V, d] and
-    slots [B, L] of every key -> [B, L, d].
+def sum_of_rows(
+    rows: dict[str, jax.Array], slots: dict[str, jax.Array], bias: jax.Array | None = None
+) -> jax.Array:
+    """bias + sum over keys of rows[key][slots[key]], zero where a slot lies past the end: rows
+    [V, d] and slots [B, L] of every key, bias [d] -> [B, L, d].
 
     Made for a CPU. A loop over requests: what is read and added stays in cache, and the result is
-    made once, where XLA would otherwise read and add again in every consumer. On a mesh every
-    device has all rows, and the slots of its own requests.
+    made once, where XLA would otherwise read and add again in every consumer; the bias added
+    outside is one more pass over all of it, and one more array. On a mesh every device has all
+    rows, and the slots of its own requests.
     """
     if context_mesh() is None:
-        return _sum_of_rows(rows, slots)
+        return _sum_of_rows(rows, slots, bias)
 
-    def body(rows, slots):
-        return _sum_of_rows(lax.pcast(rows, DATA_AXIS, to="varying"), slots)
+    def body(rows, slots, bias):
+        rows, bias = lax.pcast((rows, bias), DATA_AXIS, to="varying")
+        return _sum_of_rows(rows, slots, bias)
 
     by_data = P(DATA_AXIS)
-    return jax.shard_map(body, in_specs=(P(), by_data), out_specs=by_data)(rows, slots)
+    specs = dict(in_specs=(P(), by_data, P()), out_specs=by_data)
+    return jax.shard_map(body, **specs)(rows, slots, bias)
 
 
 @jax.custom_vjp
-def _sum_of_rows(rows, slots):
-    return lax.map(lambda at: sum(_read(x, at[key]) for key, x in rows.items()), slots)
+def _sum_of_rows(rows, slots, bias):
+    def of_request(at):
+        terms = [_read(x, at[key]) for key, x in rows.items()]
+        return sum(terms if bias is None else [*terms, bias])
+
+    return lax.map(of_request, slots)
 
 
-def _sum_of_rows_forward(rows, slots):
-    return _sum_of_rows(rows, slots), (rows, slots)
+def _sum_of_rows_forward(rows, slots, bias):
+    return _sum_of_rows(rows, slots, bias), (rows, slots, bias)
 
 
 def _sum_of_rows_backward(saved, cotangent):
-    rows, slots = saved
+    rows, slots, bias = saved
     add = lambda x, at: jnp.zeros_like(x).at[at].add(cotangent, mode="drop")  # noqa: E731
-    return {key: add(x, slots[key]) for key, x in rows.items()}, None
+    dbias = None if bias is None else jnp.sum(cotangent, (0, 1))
+    return {key: add(x, slots[key]) for key, x in rows.items()}, None, dbias
 
 
 _sum_of_rows.defvjp(_sum_of_rows_forward, _sum_of_rows_backward)

@@ -109,8 +109,7 @@ class HistoryModel(nn.Module):
             # Whatever stands in padding, its token is an exact zero.
             mask = batch.behaviour_mask
             keys = tuple(c.key for c in self.columns if c.group == "behaviour")
-            behaviours = BehaviourToken(config.width, keys, name="behaviour_token")(embedded)
-            behaviours = jnp.where(mask[..., None], behaviours, 0)
+            behaviours = BehaviourToken(config.width, keys, name="behaviour_token")(embedded, mask)
 
             # ---- interest ----
             if config.short_length:

@@ -159,9 +159,8 @@ class LongShort(nn.Module):
     def tokens(self, embedded: EmbeddedBatch) -> tuple[jax.Array, jax.Array]:
         """Tokens of the long and the short history, [B, n, d] and [B, s, d]; padding is zero."""
         mask = embedded.batch.behaviour_mask
-        tokens = self.behaviour_token(embedded)
         # Whatever stands in padding, its token is an exact zero: nothing below looks at a mask.
-        tokens = jnp.where(mask[..., None], tokens, 0)
+        tokens = self.behaviour_token(embedded, mask)
         cut = max(mask.shape[1] - self.config.short_length, 0)
         return tokens[:, :cut], tokens[:, cut:]
 

@@ -34,8 +34,12 @@ class BehaviourToken(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, embedded: EmbeddedBatch) -> jax.Array:
-        """EmbeddedBatch -> [B, L, d], in the type of its vectors."""
+    def __call__(self, embedded: EmbeddedBatch, mask: jax.Array | None = None) -> jax.Array:
+        """EmbeddedBatch -> [B, L, d], in the type of its vectors.
+
+        mask: [B, L] bool; where it is not set the token is b (without a bias exactly zero),
+          whatever stands in the columns.
+        """
         found = {k: embedded.rows.get(k, embedded.vectors.get(k)) for k in self.keys}
         widths = [x.shape[-1] for x in found.values()]
         dtype = jnp.result_type(*found.values())
@@ -47,14 +51,21 @@ class BehaviourToken(nn.Module):
         direct = [key for key in self.keys if key not in embedded.rows]
         if direct:
             vectors = jnp.concatenate([found[key] for key in direct], -1)
-            terms.append(token_product(vectors, jnp.concatenate([parts[key] for key in direct])))
+            term = token_product(vectors, jnp.concatenate([parts[key] for key in direct]))
+            terms.append(term if mask is None else jnp.where(mask[..., None], term, 0))
         projected = {
             key: jnp.matmul(rows, parts[key], preferred_element_type=accumulation_dtype(rows.dtype))
             for key, rows in found.items()
             if key in embedded.rows
         }
-        if projected:
-            terms.append(sum_of_rows(projected, {key: embedded.slots[key] for key in projected}))
+        bias = None
         if self.use_bias:
-            terms.append(self.param("bias", nn.initializers.zeros, (self.width,)).astype(dtype))
+            bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(dtype)
+        if projected:
+            slots = {key: embedded.slots[key] for key in projected}
+            if mask is not None:  # to a slot past the end
+                slots = {k: jnp.where(mask, x, len(projected[k])) for k, x in slots.items()}
+            terms.append(sum_of_rows(projected, slots, bias))
+        elif self.use_bias:
+            terms.append(bias)
         return sum(terms[1:], start=terms[0]).astype(dtype)

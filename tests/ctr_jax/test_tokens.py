@@ -42,8 +42,11 @@ def make_batch(rng, b=24, length=10):
     )
 
 
-@pytest.mark.parametrize("length, use_bias", [(10, True), (10, False), (0, True)])
-def test_tokens_and_gradients_equal_loops(length, use_bias):
+@pytest.mark.parametrize(
+    "length, use_bias, masked",
+    [(10, True, False), (10, False, True), (10, True, True), (0, True, False)],
+)
+def test_tokens_and_gradients_equal_loops(length, use_bias, masked):
     rng = np.random.default_rng(length)
     batch = make_batch(rng, length=length)
     tables = {
@@ -60,10 +63,11 @@ def test_tokens_and_gradients_equal_loops(length, use_bias):
     if use_bias:
         params["params"]["bias"] = jnp.asarray(rng.normal(size=4), jnp.float32)
     weights = rng.normal(size=(24, length, 4)).astype(np.float32)
+    mask = rng.random((24, length)) < 0.6 if masked else None  # behaviours are left out, too
 
     def total(params, rows, as_rows):
         embedded = embedding.embed(rows, plan, COLUMNS, batch, as_rows=as_rows)
-        tokens = module.apply(params, embedded)
+        tokens = module.apply(params, embedded, mask)
         return jnp.sum(weights * tokens), tokens
 
     whole = {t: np.asarray(x, np.float64) for t, x in tables.items()}
@@ -76,6 +80,9 @@ def test_tokens_and_gradients_equal_loops(length, use_bias):
         parts = [whole[t][at[t]] if at[t] else np.zeros(whole[t].shape[1]) for t in ROWS]
         price = batch.behaviour["price"][i, j] * batch.behaviour_mask[i, j]
         x = np.concatenate([*parts, [price]]).astype(np.float64)
+        if masked and not mask[i, j]:
+            tokens[i, j] = bias
+            continue
         tokens[i, j] = x @ kernel + bias
         of_kernel += np.outer(x, weights[i, j])
         back = kernel @ weights[i, j]
@@ -86,6 +93,8 @@ def test_tokens_and_gradients_equal_loops(length, use_bias):
         gradient = jax.grad(total, argnums=(0, 1), has_aux=True)
         (grads, row_grads), found = gradient(params, rows, as_rows)
         np.testing.assert_allclose(found, tokens, rtol=1e-5, atol=1e-5)
+        if masked and not use_bias:
+            assert (np.asarray(found)[~mask] == 0).all()
         np.testing.assert_allclose(grads["params"]["kernel"], of_kernel, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(row_grads["kind"], of_table["kind"], rtol=1e-4, atol=1e-4)
         if length:
