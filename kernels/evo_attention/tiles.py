@@ -76,7 +76,9 @@ def _prepare(spec, q, prefixes, band, slopes, times, mask) -> _Inputs:
     dtype = accumulation_dtype(q.dtype)
     keys = [p.k.shape[1] for p in prefixes] + [0 if band is None else spec.window + 1]
     halo = 0 if band is None else spec.window - 1
-    tiling = choose_tiling(q.shape[0], q.shape[1], q.shape[2], max(keys), halo, _budget(spec))
+    batch, length, heads, _ = q.shape
+    budget = _budget(spec, batch * length * heads * max(keys))
+    tiling = choose_tiling(batch, length, heads, max(keys), halo, budget)
 
     def heads_first(x):  # [B, S, H, K] -> [B, H, S, K]
         return jnp.swapaxes(x, 1, 2)
@@ -130,9 +132,14 @@ def _tile(x: _Inputs, scale, row, start) -> _Inputs:
     )
 
 
-def _budget(spec) -> int:
-    """Logits of a tile: what stays in a CPU's cache; on accelerators, 256 MB of float32."""
-    return spec.tile_logits or (600_000 if platform() == "cpu" else 64_000_000)
+def _budget(spec, logits: int) -> int:
+    """Logits of a tile: what stays in a CPU's cache; on accelerators, 256 MB of float32.
+
+    On a CPU two tiles at least: only a loop's carry gives a tile memory of its own (layout.loop).
+    """
+    if spec.tile_logits or platform() != "cpu":
+        return spec.tile_logits or 64_000_000
+    return min(600_000, logits // 2)
 
 
 # ---- one branch of one tile ------------------------------------------------------------------
