@@ -37,7 +37,7 @@ from kernels.evo_attention import RelTemporal
 from kernels.evo_attention import shapes as evo
 from kernels.segmented_target_attention import shapes as segmented
 from kernels.segmented_target_attention.blocks import Blocks as SegmentedBlocks
-from sparsectr_jax.aggregate import Aggregate
+from sparsectr_jax.aggregate import Aggregate, chunk_mean
 from sparsectr_jax.chunking import time_chunks, transition_slots
 from sparsectr_jax.evo_attention import gather_rows
 
@@ -237,20 +237,29 @@ def _differences(ours, theirs) -> dict[str, float]:
 
 
 def _keys(shape: evo.Shape, dtype: str, both: bool) -> Way:
-    """What full attention has no need of: chunks, their aggregation, gathering."""
+    """What full attention has no need of, as sparsectr_jax/block.py makes it: chunks, the means of
+    their behaviours x [B, L, d], projected and aggregated; rows of k and v gathered."""
     aggregate = Aggregate("mean_mlp", dtype=jnp.dtype(dtype))
+    heads = shape.heads, shape.width
+    d = shape.heads * shape.width
 
-    def keys(k, v, weights, times, mask):
+    def keys(x, k, v, weights, times, mask):
         chunks = time_chunks(times, mask, shape.chunks)
         index = transition_slots(chunks, shape.transition)[0].reshape(len(k), -1)
-        return *aggregate.apply(weights, k, v, chunks), gather_rows(k, index), gather_rows(v, index)
+        means = chunk_mean(x, chunks)
+        of_means = ((means @ w).reshape(*means.shape[:2], *heads) for w in weights["project"])
+        pooled = aggregate.apply(weights["aggregate"], *of_means, chunks, True)
+        return *pooled, gather_rows(k, index), gather_rows(v, index)
 
     def make(batch):
-        _, k, v, _, times = _qkv(shape._replace(batch=batch), dtype)
+        x, k, v, _, times = _qkv(shape._replace(batch=batch), dtype)
         mask = jnp.ones(times.shape, bool)
         few = (k[:1], v[:1], time_chunks(times[:1], mask[:1], shape.chunks))
-        weights = aggregate.init(jax.random.key(0), *few)
-        return _pulled(keys, 3 * both, (k, v, weights, times, mask))
+        weights = {
+            "project": (jnp.eye(d, dtype=dtype),) * 2,
+            "aggregate": aggregate.init(jax.random.key(0), *few),
+        }
+        return _pulled(keys, 4 * both, (x.reshape(batch, -1, d), k, v, weights, times, mask))
 
     return Way("keys", "keys", shape.batch, shape.length, make)
 

@@ -62,7 +62,7 @@ def behaviour_branches(
       ValueError: shapes do not fit, no branch is left, or the named implementation cannot run.
     """
     prefixes = {"global_keys": global_keys, "transition_keys": transition_keys}
-    _check(q, prefixes, slopes, window)
+    _check(q, prefixes, slopes, window, scale)
     for name, x in (("times", times), ("mask", mask)):
         _expect(name, x, q.shape[:2])
     if band is not None:
@@ -99,7 +99,7 @@ def candidate_branches(
       ValueError: shapes do not fit, no branch is left, or the named implementation cannot run.
     """
     prefixes = {"global_keys": global_keys, "transition_keys": transition_keys}
-    _check(q, prefixes, slopes, 1)
+    _check(q, prefixes, slopes, 1, scale)
     _expect("request_time", request_time, q.shape[:1])
     if recent is not None:
         _check_keys("recent", recent, q, recent.time.shape[-1])
@@ -128,11 +128,13 @@ def _module(implementation, spec, q, prefixes, local):
     return IMPLEMENTATIONS[choose("evo_attention", implementation, refusals, PREFERRED)]
 
 
-def _check(q, prefixes, slopes, window) -> None:
+def _check(q, prefixes, slopes, window, scale) -> None:
     if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"evo_attention: q must be float [B, n, H, K], got {q.dtype}{q.shape}")
     if window < 1:
         raise ValueError(f"evo_attention: window must be >= 1, got {window}")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"evo_attention: scale must be above 0, got {scale}")
     _expect("slopes", slopes, (3, q.shape[2]))
     for name, keys in prefixes.items():
         if keys is not None:

@@ -23,7 +23,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from kernels.dispatch import device_kind
-from kernels.evo_attention.pallas_gpu_kernels import band_kernel, forward_kernel, slots_kernel
+from kernels.evo_attention.pallas_gpu_kernels import (
+    band_backward,
+    band_forward,
+    slots_backward,
+    slots_forward,
+)
 from kernels.evo_attention.slots import Slots, behaviour_problem, candidate_problem
 from kernels.evo_attention.tiles import SAVED
 from kernels.meshes import over_requests
@@ -41,17 +46,24 @@ class Program(NamedTuple):
 # (device kind, dtype) -> of the three kernels. Where a tile meets many keys it is given more warps.
 PROGRAMS: dict[tuple[str, str], dict[str, Program]] = {
     ("NVIDIA H200", "bfloat16"): {
-        "forward": Program(16, 1, 3),
-        "band": Program(16, 1, 3),
-        "slots": Program(64, 4, 3),
+        "slots_forward": Program(32, 2, 3),
+        "band_forward": Program(16, 1, 3),
+        "slots_backward": Program(32, 2, 3),
+        "band_backward": Program(16, 1, 3),
     },
     ("NVIDIA H200", "float32"): {
-        "forward": Program(16, 2, 3),
-        "band": Program(16, 1, 3),
-        "slots": Program(32, 2, 1),
+        "slots_forward": Program(64, 4, 3),
+        "band_forward": Program(16, 2, 2),
+        "slots_backward": Program(32, 2, 1),
+        "band_backward": Program(16, 1, 3),
     },
 }
-DEFAULT = {"forward": Program(16, 1, 2), "band": Program(16, 1, 2), "slots": Program(32, 2, 1)}
+DEFAULT = {
+    "slots_forward": Program(32, 2, 2),
+    "band_forward": Program(16, 1, 2),
+    "slots_backward": Program(32, 2, 1),
+    "band_backward": Program(16, 1, 2),
+}
 MOST_LOGITS = 4_096  # of a tile: a dozen such tables are alive
 WARP_LOGITS = 1_024  # of a warp: RelTemporal's terms of more do not fit its registers
 MOST_KEYS = 256  # of a tile in the band: beyond, their terms fill no register file
@@ -59,17 +71,19 @@ MOST_KEYS = 256  # of a tile in the band: beyond, their terms fill no register f
 
 def behaviour_branches(spec, q, prefixes, band, slopes, times, mask):
     """As api.behaviour_branches; one [B, L, H, K] per prefix, then one for the band if given."""
-    plan, slots, integers = behaviour_problem(
+    plan, groups, integers = behaviour_problem(
         spec, q, prefixes, band, times, mask, power, user_size=1
     )
-    k, v = (None, None) if band is None else (band.k, band.v)
-    return _branches(plan, q, slots, k, v, slopes, integers)
+    if band is None:
+        return _branches(plan, q, groups, None, slopes, integers)
+    *groups, user = groups
+    return _branches(plan, q, groups, (user.k, user.v, band.k, band.v), slopes, integers)
 
 
 def candidate_branches(spec, q, prefixes, recent, slopes, request_time):
-    """As api.candidate_branches: the same kernel without a band."""
-    plan, slots, integers = candidate_problem(spec, q, prefixes, recent, request_time, power)
-    return _branches(plan, q, slots, None, None, slopes, integers)
+    """As api.candidate_branches: the kernels of slots only."""
+    plan, groups, integers = candidate_problem(spec, q, prefixes, recent, request_time, power)
+    return _branches(plan, q, groups, None, slopes, integers)
 
 
 def refusal(q, local: bool, window: int, block: int) -> str | None:
@@ -84,23 +98,16 @@ def refusal(q, local: bool, window: int, block: int) -> str | None:
 
 
 def _program(plan, q, name: str) -> Program:
-    """Of one of the three kernels."""
+    """Of one of the kernels."""
     tile, warps, stages = PROGRAMS.get((device_kind(), q.dtype.name), DEFAULT)[name]
-    sizes = [b - a for a, b in plan.groups]
-    if name == "slots":
-        met = sum(sizes)
+    if name.startswith("band"):
+        met = power(tile + plan.window)
+    else:
+        met = sum(end - begin for begin, end in plan.groups)
         while tile > LEAST and (tile * met > MOST_LOGITS or tile // 2 >= q.shape[1]):
             tile, warps = tile // 2, max(warps // 2, 1)
-    else:
-        band = [power(tile + plan.window)] * plan.has_band
-        met = max(band if name == "band" else sizes + band)
     warps = max(warps, pl.next_power_of_2(pl.cdiv(tile * met, WARP_LOGITS)))
     return Program(plan.block or tile, warps, stages)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _branches(plan, q, slots, k, v, slopes, integers):
-    return _forward_rule(plan, q, slots, k, v, slopes, integers)[0]
 
 
 def _of_request(x):
@@ -115,100 +122,111 @@ def _of_tile(x):
     return pl.BlockSpec((None, None, *x.shape[2:]), lambda i, b: (b, i, *rest))
 
 
-def _call(plan, kernel, name, operands, shared, outputs, tile_outputs):
-    """pallas_call on operands [B, ...] and `shared`; outputs [B, ...], then [B, tiles, ...]."""
+def _call(plan, kernel, operands, slopes, outputs, tile_outputs=()):
+    """pallas_call of one of the kernels on operands [B, ...] and slopes.
+
+    Args:
+      outputs, tile_outputs: (shape of a request's or a tile's, dtype).
+    Returns:
+      [B, ...] and [B, tiles, ...] of each.
+    """
     batch, n = operands[0].shape[:2]
-    tile, warps, stages = _program(plan, operands[0], name)
+    tile, warps, stages = _program(plan, operands[0], kernel.__name__)
     tiles = -(-n // tile)
-    tile_outputs = [jax.ShapeDtypeStruct((batch, tiles, *x), jnp.float32) for x in tile_outputs]
-    whole = [pl.BlockSpec(x.shape, lambda i, b, n=x.ndim: (0,) * n) for x in shared]
+    outputs = [jax.ShapeDtypeStruct((batch, *x), dtype) for x, dtype in outputs]
+    tile_outputs = [jax.ShapeDtypeStruct((batch, tiles, *x), dtype) for x, dtype in tile_outputs]
+    # The bias is added to products that are not scaled yet.
+    slopes = slopes.astype(jnp.float32) / -plan.scale
     return call(
         functools.partial(kernel, plan, tile),
         [*outputs, *tile_outputs],
-        f"evo_attention_{name}",
+        f"evo_attention_{kernel.__name__}",
         plan.interpret,
         warps,
         stages,
         grid=(tiles, batch),  # the first goes fastest: tiles of a request meet in the cache
-        in_specs=[_of_request(x) for x in operands] + whole,
+        in_specs=[_of_request(x) for x in operands]
+        + [pl.BlockSpec(slopes.shape, lambda i, b: (0, 0))],
         out_specs=[_of_request(x) for x in outputs] + [_of_tile(x) for x in tile_outputs],
-    )(*operands, *shared)
+    )(*operands, slopes)
 
 
-def _forward_rule(plan, q, slots, k, v, slopes, integers):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _branches(plan, q, groups, band, slopes, integers):
+    """groups: Slots of each branch over slots. band: the user's key and value [B, 1, H, K], k and v
+    [B, n, H, K]; or None."""
+    return _forward_rule(plan, q, groups, band, slopes, integers)[0]
+
+
+def _forward_rule(plan, q, groups, band, slopes, integers):
     forward = functools.partial(_forward, plan)
-    results, _ = over_requests(plan.axes, forward, (q, slots, k, v, integers), slopes)
+    results, _ = over_requests(plan.axes, forward, (q, groups, band, integers), slopes)
     # Where a caller makes activations anew, these are worth keeping.
     out, log_total = checkpoint_name(results, SAVED)
-    local = out[-1] if plan.has_band else None
-    return out, (q, slots, k, v, slopes, integers, log_total, local)
+    local = None if band is None else out[-1]
+    return out, (q, groups, band, slopes, integers, log_total, local)
 
 
 def _forward(plan, requests, slopes):
-    """((branches' outputs, log_total), ()) of a device's requests."""
-    q, slots, k, v, integers = requests
-    batch, n, heads, _ = q.shape
-    branches = len(plan.groups)
-    *out, log_total = _call(
-        plan,
-        forward_kernel,
-        "forward",
-        [q, integers, *slots] + ([k, v] if plan.has_band else []),
-        [slopes.astype(jnp.float32)],
-        [jax.ShapeDtypeStruct(q.shape, q.dtype)] * branches
-        + [jax.ShapeDtypeStruct((batch, branches, heads, n), jnp.float32)],
-        [],
-    )
-    return (tuple(out), log_total), ()
+    """((branches' outputs, logs of their normalisers), ()) of a device's requests."""
+    q, groups, band, integers = requests
+    of_branch, log = (q.shape[1:], q.dtype), ((q.shape[2], q.shape[1]), jnp.float32)
+    number, outs, logs = len(groups), (), ()
+    if groups:
+        operands = [q, integers, *(x for group in groups for x in group)]
+        found = _call(plan, slots_forward, operands, slopes, [of_branch] * number + [log] * number)
+        outs, logs = tuple(found[:number]), tuple(found[number:])
+    if band is not None:
+        out, log = _call(plan, band_forward, [q, integers, *band], slopes, [of_branch, log])
+        outs, logs = (*outs, out), (*logs, log)
+    return (outs, logs), ()
 
 
 def _backward_rule(plan, residuals, d_out):
-    q, slots, k, v, slopes, integers, log_total, local = residuals
-    requests = (q, slots, k, v, integers, log_total, local, d_out)
+    q, groups, band, slopes, integers, log_total, local = residuals
+    requests = (q, groups, band, integers, log_total, local, d_out)
     backward = functools.partial(_backward, plan)
     gradients, d_slopes = over_requests(plan.axes, backward, requests, slopes)
     return *gradients, d_slopes, None
 
 
 def _backward(plan, requests, slopes):
-    """((dq, d_slots, dk, dv), d_slopes) of a device's requests."""
-    q, slots, k, v, integers, log_total, local, d_out = requests
-    shared, like_q = [slopes.astype(jnp.float32)], jax.ShapeDtypeStruct(q.shape, q.dtype)
-    head, of_slopes = q.shape[2:], (max(len(plan.rel.parts), 1), q.shape[2])
-    band, dk, dv, of_band, soft = [], None, None, 0.0, slots.k.shape[1]
-    if plan.has_band:
+    """((dq, those of groups, of band), d_slopes) of a device's requests."""
+    q, groups, band, integers, log_total, local, d_out = requests
+    number, head, like_q = len(groups), q.shape[2:], (q.shape[1:], q.dtype)
+    of_slopes = max(len(plan.rel.parts), 1), q.shape[2]
+    dq, d_groups, d_band, d_slopes = [], [], None, 0.0
+    if band is not None:
         product = jnp.einsum("bnhk,bnhk->bhn", d_out[-1], local, preferred_element_type=jnp.float32)
-        dq, dk, dv, *of_user, of_band = _call(
+        *dq, dk, dv, d_user_k, d_user_v, added = _call(
             plan,
-            band_kernel,
-            "band",
-            [q, integers, *slots, k, v, log_total, d_out[-1], product],
-            shared,
+            band_backward,
+            [q, integers, *band, d_out[-1], log_total[-1], product],
+            slopes,
             [like_q] * 3,
-            [head, head, of_slopes],
+            [(head, jnp.float32)] * 2 + [(of_slopes, jnp.float32)],
         )
-        band, d_out, of_band, soft = [dq], d_out[:-1], of_band.sum((0, 1)), plan.groups[-1][0]
-    of_slots, d_slopes = [jnp.zeros((len(q), 1, 0, *head), jnp.float32)] * 2, of_band
-    if soft:
-        dq, *of_slots, d_slopes = _call(
+        d_user = (x.sum(1, keepdims=True).astype(q.dtype) for x in (d_user_k, d_user_v))
+        d_band, d_slopes = (*d_user, dk, dv), added.sum((0, 1))
+    if groups:
+        operands = [q, integers, *(x for group in groups for x in group)]
+        # Sums over a tile are rounded as the sum over all of them is.
+        sums = [(group.k.shape[1:], q.dtype) for group in groups for _ in range(2)]
+        *dq, added = _call(
             plan,
-            slots_kernel,
-            "slots",
-            [q, integers, *slots, log_total, *d_out, *band],
-            shared,
+            slots_backward,
+            [*operands, *d_out[:number], *log_total[:number], *dq],
+            slopes,
             [like_q],
-            [(soft, *head), (soft, *head), of_slopes],
+            [*sums, ((number, *of_slopes), jnp.float32)],
         )
-        d_slopes = d_slopes.sum((0, 1)) + of_band
-    of_slots = [x.sum(1) for x in of_slots]
-    if plan.has_band:  # the user key is the last slot
-        both = zip(of_slots, of_user, strict=True)
-        of_slots = [jnp.concatenate([x, y.sum(1)[:, None]], 1) for x, y in both]
-    d_slots = Slots(*(x.astype(q.dtype) for x in of_slots), None)
+        dq, sums = dq[:1], [x.sum(1, dtype=jnp.float32).astype(q.dtype) for x in dq[1:]]
+        d_groups = [Slots(*sums[2 * i : 2 * i + 2], None) for i in range(number)]
+        d_slopes += added.sum((0, 1, 2))
     gradient = jnp.zeros_like(slopes)
     for i, part in enumerate(plan.rel.parts):
         gradient = gradient.at[part].set(-d_slopes[i].astype(slopes.dtype))
-    return (dq, d_slots, dk, dv), gradient
+    return (*dq, d_groups, d_band), gradient
 
 
 _branches.defvjp(_forward_rule, _backward_rule)

@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.dispatch import block_sizes, device_kind
 from kernels.evo_attention.pallas_tpu_kernels import LANES, backward_kernel, forward_kernel
-from kernels.evo_attention.slots import ROWS, Slots, behaviour_problem, candidate_problem
+from kernels.evo_attention.slots import ROWS, Slots, behaviour_problem, candidate_problem, joined
 from kernels.evo_attention.tiles import SAVED
 from kernels.meshes import over_requests
 
@@ -34,17 +34,17 @@ LOGIT_ELEMENTS = 16_384  # of [S, T]: what bounds VMEM, and the code, which is u
 
 def behaviour_branches(spec, q, prefixes, band, slopes, times, mask):
     """As api.behaviour_branches; one [B, L, H, K] per prefix, then one for the band if given."""
-    plan, slots, integers = behaviour_problem(
+    plan, groups, integers = behaviour_problem(
         spec, q, prefixes, band, times, mask, _group_size, user_size=_group_size(1)
     )
     k, v = (None, None) if band is None else (band.k, band.v)
-    return _branches(plan, q, slots, k, v, slopes, integers)
+    return _branches(plan, q, joined(plan, groups), k, v, slopes, integers)
 
 
 def candidate_branches(spec, q, prefixes, recent, slopes, request_time):
     """As api.candidate_branches: the same kernel without a band."""
-    plan, slots, integers = candidate_problem(spec, q, prefixes, recent, request_time, _group_size)
-    return _branches(plan, q, slots, None, None, slopes, integers)
+    plan, groups, integers = candidate_problem(spec, q, prefixes, recent, request_time, _group_size)
+    return _branches(plan, q, joined(plan, groups), None, None, slopes, integers)
 
 
 def refusal(q, local: bool, window: int, block: int) -> str | None:

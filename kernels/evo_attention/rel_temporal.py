@@ -14,6 +14,25 @@ import jax
 import jax.numpy as jnp
 
 
+def floor_log2(x: jax.Array) -> jax.Array:
+    """floor(log2(max(x, 1))) of int32 by its bit length, exact at powers of two (eq. 12)."""
+    return 31 - jax.lax.clz(jnp.maximum(x, 1))
+
+
+def half_sine(hours: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """sin(pi h / 24) for integer h in 0..24 (eq. 13), exactly symmetric under h -> 24 - h.
+
+    Taylor's cosine about h = 12 to rounding error: no table look-up and no libm call per pair.
+    """
+    u = (hours - 12).astype(dtype)
+    u = u * u
+    degree = 11 if dtype == jnp.float64 else 6
+    result = jnp.zeros_like(u)
+    for n in range(degree, -1, -1):
+        result = result * u + dtype((-1) ** n * (math.pi / 24) ** (2 * n) / math.factorial(2 * n))
+    return result
+
+
 @dataclasses.dataclass(frozen=True)
 class RelTemporal:
     """Which parts of the bias are on, and how they read the clock.
@@ -57,11 +76,12 @@ class RelTemporal:
         weekend = self.is_weekend(time).astype(jnp.int32)
         return time, hour, time - hours * 3600, weekend
 
-    def terms(self, query, key, dtype=jnp.float32) -> list[jax.Array]:
+    def terms(self, query, key, dtype=jnp.float32, hour_term=half_sine) -> list[jax.Array]:
         """The factors of the slopes in use: elementwise, so that kernels call it too.
 
         Args:
           query, key: a clock each, in shapes that broadcast together.
+          hour_term: what takes `half_sine`'s arguments, for a target with a better one.
         """
         t_i, hour_i, second_i, weekend_i = query
         t_j, hour_j, second_j, weekend_j = key
@@ -76,7 +96,7 @@ class RelTemporal:
                 # out: a negative h stands for h + 24, whose half sine is that of |h|.
                 late = hours - (second_i < second_j)
                 hours = jnp.where(t_i >= t_j, late, hours + (second_j < second_i))
-            out.append(half_sine(jnp.abs(hours), dtype))
+            out.append(hour_term(jnp.abs(hours), dtype))
         if self.weekend:
             out.append((weekend_i != weekend_j).astype(dtype))
         return out
@@ -102,22 +122,3 @@ class RelTemporal:
     def _local_minutes(self, time: jax.Array) -> jax.Array:
         # Minutes, so that the shift by the time zone cannot overflow int32 near 2038.
         return time // 60 + round(self.timezone_hours * 60)
-
-
-def floor_log2(x: jax.Array) -> jax.Array:
-    """floor(log2(max(x, 1))) of int32 by its bit length, exact at powers of two (eq. 12)."""
-    return 31 - jax.lax.clz(jnp.maximum(x, 1))
-
-
-def half_sine(hours: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """sin(pi h / 24) for integer h in 0..24 (eq. 13), exactly symmetric under h -> 24 - h.
-
-    Taylor's cosine about h = 12 to rounding error: no table look-up and no libm call per pair.
-    """
-    u = (hours - 12).astype(dtype)
-    u = u * u
-    degree = 11 if dtype == jnp.float64 else 6
-    result = jnp.zeros_like(u)
-    for n in range(degree, -1, -1):
-        result = result * u + dtype((-1) ** n * (math.pi / 24) ** (2 * n) / math.factorial(2 * n))
-    return result

@@ -1,9 +1,9 @@
-"""How kernels are given EvoAttention: every key that is no band in one list of slots.
+"""How kernels are given EvoAttention: every key that is no band is a slot.
 
 Behaviours' and candidates' calls become the same problem. A group of slots is a branch: global,
 transition, and for candidates the recent behaviours with the user key; for behaviours the user
-key is a group of its own, that joins the band. Groups are padded to sizes that a kernel can cut.
-All of this is plain differentiable XLA on O(P m + w) rows per request.
+key is a group of its own, that joins the band. All of this is plain differentiable XLA on
+O(P m + w) rows per request.
 
 Axis letters: B requests, n queries, S slots of all groups, H heads, K head width.
 """
@@ -51,12 +51,13 @@ class Slots(NamedTuple):
 
 
 def behaviour_problem(spec: Static, q, prefixes, band, times, mask, size_of, user_size):
-    """(Plan, Slots, integers of the queries [B, ROWS, L]) of api.behaviour_branches.
+    """(Plan, groups: Slots each, integers of the queries [B, ROWS, L]) of api.behaviour_branches.
 
     Args:
-      size_of: slots in use -> size of the group. user_size: of the user key's.
+      size_of: slots in use -> what the plan counts the group for. user_size: the same of the user
+        key's group.
     """
-    groups = [(p.k, p.v, _integers(spec, p.time, p.position, 1)) for p in prefixes]
+    groups = [Slots(p.k, p.v, _integers(spec, p.time, p.position, 1)) for p in prefixes]
     sizes = [size_of(p.k.shape[1]) for p in prefixes]
     if band is not None:
         groups.append(_user(spec, band))
@@ -64,22 +65,32 @@ def behaviour_problem(spec: Static, q, prefixes, band, times, mask, size_of, use
     position = jnp.broadcast_to(jnp.arange(times.shape[1], dtype=jnp.int32), times.shape)
     integers = jnp.swapaxes(_integers(spec, times, position, mask), 1, 2)
     has_band = band is not None
-    return *_packed(spec, q, groups, sizes, has_band, has_band), integers
+    return _plan(spec, q, sizes, has_band, has_band), groups, integers
 
 
 def candidate_problem(spec: Static, q, prefixes, recent, request_time, size_of):
-    """(Plan, Slots, integers of the queries [B, ROWS, C]) of api.candidate_branches."""
-    groups = [(p.k, p.v, _integers(spec, p.time, p.position, 1)) for p in prefixes]
+    """(Plan, groups, integers of the queries [B, ROWS, C]) of api.candidate_branches."""
+    groups = [Slots(p.k, p.v, _integers(spec, p.time, p.position, 1)) for p in prefixes]
     if recent is not None:
         position = jnp.where(recent.mask, 0, HOLE)
-        own = (recent.k, recent.v, _integers(spec, recent.time, position, 1))
-        groups.append(
-            tuple(jnp.concatenate(x, 1) for x in zip(own, _user(spec, recent), strict=True))
-        )
+        own = Slots(recent.k, recent.v, _integers(spec, recent.time, position, 1))
+        groups.append(jax.tree.map(lambda *x: jnp.concatenate(x, 1), own, _user(spec, recent)))
     times = jnp.broadcast_to(request_time[:, None], q.shape[:2])
     integers = jnp.swapaxes(_integers(spec, times, jnp.full_like(times, NEVER), 1), 1, 2)
-    sizes = [size_of(k.shape[1]) for k, _, _ in groups]
-    return *_packed(spec, q, groups, sizes, False, recent is not None), integers
+    sizes = [size_of(group.k.shape[1]) for group in groups]
+    return _plan(spec, q, sizes, False, recent is not None), groups, integers
+
+
+def joined(plan: Plan, groups: list[Slots]) -> Slots:
+    """The groups one after the other, each padded to what the plan counts it for."""
+    padded = []
+    for (k, v, integers), (begin, end) in zip(groups, plan.groups, strict=True):
+        edge = ((0, 0), (0, end - begin - k.shape[1]), (0, 0))
+        holes = jnp.pad(integers, edge)
+        hole = jnp.arange(end - begin) >= k.shape[1]
+        holes = holes.at[..., POSITION].set(jnp.where(hole, HOLE, holes[..., POSITION]))
+        padded.append(Slots(jnp.pad(k, (*edge, (0, 0))), jnp.pad(v, (*edge, (0, 0))), holes))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *padded)
 
 
 def _integers(spec, time, position, flag):
@@ -92,20 +103,14 @@ def _integers(spec, time, position, flag):
 def _user(spec, keys):
     """The user key as a group of one slot."""
     zero = jnp.zeros((keys.user_k.shape[0], 1), jnp.int32)
-    return keys.user_k[:, None], keys.user_v[:, None], _integers(spec, zero, zero + ALWAYS, 0)
+    return Slots(
+        keys.user_k[:, None], keys.user_v[:, None], _integers(spec, zero, zero + ALWAYS, 0)
+    )
 
 
-def _packed(spec, q, groups, sizes, has_band, timeless):
-    padded, ends = [], [0]
-    for (k, v, integers), size in zip(groups, sizes, strict=True):
-        edge = ((0, 0), (0, size - k.shape[1]), (0, 0))
-        holes = jnp.pad(integers, edge)
-        hole = jnp.arange(size) >= k.shape[1]
-        holes = holes.at[..., POSITION].set(jnp.where(hole, HOLE, holes[..., POSITION]))
-        padded.append((jnp.pad(k, (*edge, (0, 0))), jnp.pad(v, (*edge, (0, 0))), holes))
-        ends.append(ends[-1] + size)
-    slots = Slots(*(jnp.concatenate(x, 1) for x in zip(*padded, strict=True)))
-    plan = Plan(
+def _plan(spec, q, sizes, has_band, timeless):
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    return Plan(
         groups=tuple(zip(ends[:-1], ends[1:], strict=True)),
         has_band=has_band,
         timeless=timeless,
@@ -116,4 +121,3 @@ def _packed(spec, q, groups, sizes, has_band, timeless):
         interpret=spec.interpret,
         axes=spec.axes,
     )
-    return plan, slots
