@@ -171,7 +171,7 @@ def speed(
     """
     if op != EVO and not bench.small:
         shape = _filling(op, shape, dtype, both)
-    arguments = functools.cache(
+    arguments = bench.once(
         lambda batch: draw(op, shape._replace(batch=batch), dtype)[: None if both else -1]
     )
 
@@ -296,7 +296,7 @@ def _full_attention(shape: evo.Shape, dtype: str, both: bool, bench: Bench) -> l
     few = shape.batch
     while few > 1 and few * of_request > 0.3 * bench.memory:
         few //= 2
-    arguments = functools.cache(lambda batch: _qkv(shape._replace(batch=batch), dtype))
+    arguments = bench.once(lambda batch: _qkv(shape._replace(batch=batch), dtype))
     library, blocks = dense_attention.library, dense_attention.dense_blocks
     tiled = dense_attention.dense_tiled
 
@@ -340,7 +340,7 @@ def _full_attention(shape: evo.Shape, dtype: str, both: bool, bench: Bench) -> l
 
 def sweep(op: str, shape: Any, dtype: str, bench: Bench) -> dict:
     """The kernel, forward and backward, in block sizes that the tables may take."""
-    arguments = functools.cache(lambda batch: draw(op, shape._replace(batch=batch), dtype))
+    arguments = bench.once(lambda batch: draw(op, shape._replace(batch=batch), dtype))
     of_tpu, key = bench.kernel == "pallas_tpu", "block" if op == EVO else "blocks"
     if op == EVO:
         candidates = (128, 256, 512) if of_tpu else (16, 32, 64)

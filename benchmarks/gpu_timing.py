@@ -7,6 +7,7 @@ ways in turn, so that a change of the device's pace meets all of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -83,6 +84,10 @@ class Bench:
     def memory(self) -> int:
         """Bytes that JAX may take on the device."""
         return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2 << 30)
+
+    def once(self, draw: Callable) -> Callable:
+        """Arguments that ways share are drawn once; where they are but traced, by each."""
+        return draw if self.compiles_only else functools.cache(draw)
 
     def begin(self, way: str) -> None:
         if way in self.without:
@@ -204,7 +209,7 @@ def measure(bench: Bench, ways: list[Way]) -> tuple[list[dict], dict[str, Any]]:
             bench.begin(way.name)
             if bench.compiles_only:
                 run = JaxRun if way.make else TorchRun
-                row["compile_s"] = run(bench, way, way.batch).compile_s
+                row["compile_s"] = run(bench, _undrawn(way), way.batch).compile_s
                 continue
             runs[way.name] = _made(bench, way, row)
             row["compile_s"] = bench.compile_s.get(way.name, row["compile_s"])
@@ -231,6 +236,23 @@ def measure(bench: Bench, ways: list[Way]) -> tuple[list[dict], dict[str, Any]]:
     if bench.uses_torch:
         bench.torch().ask({"drop": True})
     return rows, runs
+
+
+def _undrawn(way: Way) -> Way:
+    """The way with shapes for arguments: processes that only compile share the device's memory."""
+
+    def make(batch):
+        functions = []
+
+        def arguments():
+            function, arguments = way.make(batch)
+            functions.append(function)
+            return arguments
+
+        shapes = jax.eval_shape(arguments)
+        return functions[0], shapes
+
+    return way._replace(make=make) if way.make else way
 
 
 def _made(bench: Bench, way: Way, row: dict) -> Any:

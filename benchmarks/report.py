@@ -155,8 +155,10 @@ def block_lines(record: dict) -> list[str]:
     return out
 
 
-def judged(records: list[dict], op: str, device: str) -> tuple[bool, str]:
-    """Whether the kernel is to be the default of the device, and why."""
+def judged(
+    records: list[dict], op: str, device: str, least_candidates: int = 1
+) -> tuple[bool, str]:
+    """Whether the kernel is to be the default of the device, for so many candidates, and why."""
     compared_with, against = [], []
     for record in [r for r in records if r["device"] == device]:
         for entry in record["entries"]:
@@ -172,6 +174,8 @@ def judged(records: list[dict], op: str, device: str) -> tuple[bool, str]:
             elif entry.get("ok") is False or entry.get("agrees") is False:
                 against.append(f"is wrong: {name}")
             elif "xla" in entry.get("ratios", {}):
+                if entry["shape"]["candidates"] < least_candidates:
+                    continue
                 compared_with.append((entry["ratios"]["xla"]["ratio"], entry["pass"], name))
     passes = {way for _, way, _ in compared_with}
     if not compared_with and not against:
@@ -189,14 +193,16 @@ def preferred_table(records: list[dict]) -> str:
     out = ["| op | device | default by measurement | `PREFERRED` in its api.py |",
            "|---|---|---|---|"]  # fmt: skip
     for op in OPS:
-        in_code = importlib.import_module(f"kernels.{op}.api").PREFERRED
+        api = importlib.import_module(f"kernels.{op}.api")
+        in_code, least_candidates = api.PREFERRED, getattr(api, "PREFERRED_FROM", 1)
+        name = op if least_candidates == 1 else f"{op}, from {least_candidates} candidates"
         platforms = {record["device"]: record["platform"] for record in records}
         for device in sorted({*platforms, *in_code}):
-            is_kernel, why = judged(records, op, device)
+            is_kernel, why = judged(records, op, device, least_candidates)
             says = next(iter(in_code.get(device, ())), "xla")
             wanted = PLATFORMS[platforms[device]] if is_kernel else "xla"
             differs = "" if says == wanted else ": **to be changed**"
-            out.append(f"| {op} | {device} | {wanted} ({why}) | {says}{differs} |")
+            out.append(f"| {name} | {device} | {wanted} ({why}) | {says}{differs} |")
         out.append(f"| {op} | every other | xla ({NOT_MEASURED}) | xla |")
     return "\n".join(out)
 

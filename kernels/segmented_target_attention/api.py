@@ -32,8 +32,10 @@ from kernels.segmented_target_attention.pooled import pooled_sums
 OP = "segmented_target_attention"
 ACTIVATIONS = ("sigmoid", "softmax")
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
-# By device kind, as benchmarks/report.py judges measurements; XLA elsewhere (docs/kernels.md).
-PREFERRED: dict[str, tuple[str, ...]] = {}
+# By device kind, as benchmarks/report.py judges measurements; XLA elsewhere (docs/kernels.md), and
+# for fewer candidates, where either way waits for the history's bytes.
+PREFERRED: dict[str, tuple[str, ...]] = {"NVIDIA H200": ("pallas_gpu",)}
+PREFERRED_FROM = 3  # candidates
 
 
 def segmented_target_attention(
@@ -73,7 +75,8 @@ def segmented_target_attention(
     _check(q, k, v, mask, bias, segment, activation)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     refusals = dispatch.cannot_run_here(interpret, len(q)) | _refusals(q, segment, activation)
-    chosen = dispatch.choose(OP, implementation, refusals, PREFERRED)
+    preferred = PREFERRED if q.shape[1] >= PREFERRED_FROM else {}
+    chosen = dispatch.choose(OP, implementation, refusals, preferred)
     if chosen == "xla":
         how = dict(segment=segment, activation=activation, scale=scale)
         if v is None:

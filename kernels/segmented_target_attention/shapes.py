@@ -52,7 +52,7 @@ def of_length(length: int, name: str = "paper_serving") -> Shape:
 
 
 def calls(
-    shape: Shape, implementation: str, dtype: jnp.dtype = jnp.float32, **options: Any
+    shape: Shape, implementation: str | None, dtype: jnp.dtype = jnp.float32, **options: Any
 ) -> dict[str, tuple[Callable, tuple]]:
     """{"forward", "backward"}: a function and what it takes; the latter gives all gradients.
 

@@ -17,6 +17,7 @@ def entry(op, way, ratio, name="wide", **more):
     found = {"xla": {"against": "xla", "ratio": ratio}}
     return {"name": f"speed {op} {name} bfloat16 {way}", "kind": "speed", "status": "ok", "op": op,
             "dtype": "bfloat16", "pass": way, "is_goal": False, "rows": [kernel, other],
+            "shape": {"candidates": 16},
             "ratios": found, "agrees": True} | more  # fmt: skip
 
 
@@ -111,6 +112,11 @@ def test_other_devices_failures_and_half_measurements_keep_xla(record):
     differs = copy.deepcopy(record)
     differs["entries"][4]["agrees"] = False
     assert "is wrong" in report.judged([differs], evo, "NVIDIA H200")[1]
+    few = copy.deepcopy(record)
+    few["entries"][4] |= {"shape": {"candidates": 1}}
+    few["entries"][4]["ratios"]["xla"]["ratio"] = 0.5
+    assert not report.judged([few], evo, "NVIDIA H200")[0]
+    assert report.judged([few], evo, "NVIDIA H200", 2) == (False, "measured forward only")
     half = copy.deepcopy(record)
     del half["entries"][4]
     assert report.judged([half], evo, "NVIDIA H200") == (False, "measured forward only")

@@ -372,6 +372,17 @@ def test_lowers_for_cuda(name, dtype):
     assert _cuda_kernels(shape, dtype) == {"forward": 1, "backward": 1 + (shape.candidates > 1)}
 
 
+@pytest.mark.parametrize(
+    ("candidates", "kind", "kernels"),
+    [(2, "NVIDIA H200", 0), (3, "NVIDIA H200", 1), (3, "a GPU of another kind", 0)],
+)
+def test_the_kernel_is_the_default_where_it_was_measured_to_be_faster(candidates, kind, kernels):
+    shape = shapes.SHAPES["paper_serving"]._replace(candidates=candidates)
+    function, arguments = shapes.calls(shape, None)["forward"]
+    text = ahead_of_time.cuda_text(function, *arguments, device_kind=kind)
+    assert text.count("__gpu$xla.gpu.triton") == kernels
+
+
 def _cuda_kernels(shape, dtype=jnp.float32):
     calls = shapes.calls(shape, "pallas_gpu", dtype).items()
     texts = {way: ahead_of_time.cuda_text(call, *arguments) for way, (call, arguments) in calls}

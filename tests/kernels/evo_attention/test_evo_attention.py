@@ -259,6 +259,8 @@ def test_refusals():
         call(*behaviours[:3], low, *behaviours[4:])
     with pytest.raises(ValueError, match="no branch"):
         call(behaviours[0], None, None, None, *behaviours[4:])
+    with pytest.raises(ValueError, match="scale must be above 0"):
+        behaviour_branches(*behaviours, rel=RelTemporal(), window=2, scale=0.0)
     with pytest.raises(ValueError, match="window"):
         behaviour_branches(*behaviours, rel=RelTemporal(), window=0)
     with pytest.raises(ValueError, match="request_time must be"):
