@@ -4,10 +4,11 @@ request, all heads.
 Grids and the custom VJP; what a program does is in pallas_gpu_kernels.py. Arrays keep the layout of
 the model, [B, n, H, K]: a program reads a head's rows of its tile. Nothing is added to by two
 programs: the gradients of slots, user key and slopes are partial sums per tile, which XLA adds up,
-and a tile makes the gradients of its own band keys from the queries that see them. The backward
-pass is two kernels: the band wants tiles of few rows, since its products grow with their square;
-the slots want long ones, since each tile leaves S rows of partial sums. It saves the branches'
-log-normalisers, and the local output for its product with the cotangent.
+and a tile makes the gradients of its own band keys from the queries that see them. Both passes are
+two kernels: the band wants tiles of few rows, since its products grow with their square; the slots
+want longer ones, which share a load of the slots and, backward, leave S rows of partial sums each.
+Saved are the logs of the branches' normalisers, to base 2, and the local output for its product
+with the cotangent.
 
 Axis letters: B requests, n queries, T of a tile, S slots, H heads, K width, w, R parts of the bias.
 """
@@ -43,7 +44,7 @@ class Program(NamedTuple):
     stages: int
 
 
-# (device kind, dtype) -> of the three kernels. Where a tile meets many keys it is given more warps.
+# (device kind, dtype) -> of the kernels. Where a tile meets many keys it is given more warps.
 PROGRAMS: dict[tuple[str, str], dict[str, Program]] = {
     ("NVIDIA H200", "bfloat16"): {
         "slots_forward": Program(32, 2, 3),

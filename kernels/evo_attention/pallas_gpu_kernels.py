@@ -3,7 +3,7 @@
 Every branch is a matrix of logits, the band's too: of a tile's T queries and the T + w - 1 rows
 that some of them see. That is T times the products that the band needs, and they cost the matrix
 units less than w passes over rows cost the others. RelTemporal's terms of a branch, [T, S], are
-made once and stay on chip while the heads are walked over, a branch after the other.
+made once and stay on chip while the heads are walked over.
 
 Axis letters: T queries or keys of a tile, S keys or queries that it meets, H heads, K head width,
 w, R parts of the bias.
@@ -22,6 +22,8 @@ from jax.experimental.pallas import triton as plgpu
 from kernels.evo_attention.slots import FLAG, HOLE, POSITION
 from kernels.evo_attention.tiles import EMPTY, HIDDEN
 from kernels.triton import LEAST, dot, exp2, fma, load, log2, power, sin, store
+
+LEAST_TOTAL = 1e-30  # of a branch's weights, whose largest is 1; 0 where a query sees nothing
 
 
 def _head(ref, rows, exists, head):
@@ -47,9 +49,6 @@ def _numbers(ref, *index, exists, other=0):
 def _half_sine(hours, dtype):
     """As rel_temporal.half_sine, in one instruction."""
     return sin(hours.astype(dtype) * dtype(math.pi / 24))
-
-
-LEAST_TOTAL = 1e-30  # of a branch's weights, whose largest is 1; 0 where a query sees nothing
 
 
 class Rows(NamedTuple):
@@ -169,8 +168,22 @@ def _for_heads(number: int, of_head) -> None:
     jax.lax.fori_loop(0, number, step, 0)
 
 
-def _in_threes(refs):
-    return zip(refs[::3], refs[1::3], refs[2::3], strict=True)
+def _split(refs, *numbers: int):
+    """So many, so many after them and so on, and the rest."""
+    for number in numbers:
+        yield refs[:number]
+        refs = refs[number:]
+    yield refs
+
+
+def _slot_branches(plan) -> int:
+    """Branches over slots; the user key's group is the band's."""
+    return len(plan.groups) - plan.has_band
+
+
+def _slot_keys(plan, queries: Rows, integers_ref, refs) -> list[SlotKeys]:
+    """refs: k, v and integers of each branch."""
+    return [SlotKeys(plan, queries, integers_ref, refs[i : i + 3]) for i in range(0, len(refs), 3)]
 
 
 def _log_total(log_ref, rows: Rows, head):
@@ -201,12 +214,13 @@ def slots_forward(plan, width, *refs):
     """The branches over slots. Blocks of a request: q [n, H, K], integers [ROWS, n], of each branch
     its slots [S, H, K] twice and [S, ROWS]; slopes [3, H]. Outputs: [n, H, K] of each branch, then
     the logs of the normalisers [H, n] of each."""
-    number = (len(refs) - 3) // 5
-    (q_ref, integers_ref), slot_refs = refs[:2], refs[2 : 2 + 3 * number]
-    slopes_ref, *out_refs = refs[2 + 3 * number :]
+    number = _slot_branches(plan)
+    (q_ref, integers_ref), slot_refs, (slopes_ref,), out_refs, log_refs = _split(
+        refs, 2, 3 * number, 1, number
+    )
     queries = _rows(pl.program_id(0) * width, width, integers_ref.shape[1])
-    branches = [SlotKeys(plan, queries, integers_ref, x) for x in _in_threes(slot_refs)]
-    _attend(plan, queries, q_ref, slopes_ref, branches, out_refs[:number], out_refs[number:])
+    branches = _slot_keys(plan, queries, integers_ref, slot_refs)
+    _attend(plan, queries, q_ref, slopes_ref, branches, out_refs, log_refs)
 
 
 def band_forward(plan, width, *refs):
@@ -224,28 +238,21 @@ def slots_backward(plan, width, *refs):
     each branch its cotangent, then the logs of the normalisers of each; with a band its part of dq;
     slopes. Outputs: dq [n, H, K]; of the tile, the gradients of each branch's slots [S, H, K] twice
     and of the slopes [branches, R, H]."""
-    number = (len(refs) - 5 - plan.has_band) // 7
-    (q_ref, integers_ref), slot_refs, refs = (
-        refs[:2],
-        refs[2 : 2 + 3 * number],
-        refs[2 + 3 * number :],
+    number = _slot_branches(plan)
+    (q_ref, integers_ref), slot_refs, d_out_refs, log_refs, band_dq_refs, rest = _split(
+        refs, 2, 3 * number, number, number, plan.has_band
     )
-    d_out_refs, log_refs, refs = refs[:number], refs[number : 2 * number], refs[2 * number :]
-    band_dq_refs, refs = refs[: plan.has_band], refs[plan.has_band :]
-    slopes_ref, dq_ref, *d_slot_refs, d_slopes_ref = refs
+    slopes_ref, dq_ref, *d_slot_refs, d_slopes_ref = rest
     queries = _rows(pl.program_id(0) * width, width, integers_ref.shape[1])
-    branches = [SlotKeys(plan, queries, integers_ref, x) for x in _in_threes(slot_refs)]
+    branches = _slot_keys(plan, queries, integers_ref, slot_refs)
 
     def of_head(head):
         slopes = [slopes_ref[part, head] for part in plan.rel.parts]
         q = load(_head(q_ref, *queries, head))
         dq = jnp.zeros(q.shape, jnp.float32)
         for i, seen in enumerate(branches):
-            k, v, do = (
-                seen.keys(head),
-                seen.values(head),
-                load(_head(d_out_refs[i], *queries, head)),
-            )
+            k, v = seen.keys(head), seen.values(head)
+            do = load(_head(d_out_refs[i], *queries, head))
             logits = dot(q, k, (1, 1)) + seen.bias.of_head(slopes)
             log_total = _log_total(log_refs[i], queries, head)
             weights = _weights(plan, logits, log_total[:, None])
