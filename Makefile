@@ -44,7 +44,7 @@ CUDA_VENV ?= .venv-cuda
 
 check-cuda:
 	test -d $(CUDA_VENV) || $(CUDA_PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install --quiet absl-py flax 'jax[cuda13]>=0.11,<0.13'
+	$(CUDA_VENV)/bin/python -m pip install --quiet absl-py flax 'jax[cuda13]>=0.11,<0.13' nvidia-cuda-nvdisasm
 	JAX_PLATFORMS=cpu $(CUDA_VENV)/bin/python -m benchmarks.check_cuda
 
 clean:
