@@ -108,6 +108,9 @@ def studies() -> dict[str, dict[str, dict]]:
         "movielens": {
             "SparseCTR, L=200": _row(movielens),
             "SparseCTR, L=20": _row(movielens, history_length=20),
+            "SparseCTR, L=200, length buckets": _row(movielens, length_buckets=(64, 128, 200)),
+            "SparseCTR, L=200, fixed chunks": _row(movielens, **{"model.chunking": "fixed"}),
+            "SparseCTR, L=200, sim chunks": _row(movielens, **{"model.chunking": "sim"}),
             "DIN, L=200": _row("din_movielens.py"),
         },
         "movielens_v1": {

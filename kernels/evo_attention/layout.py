@@ -26,18 +26,22 @@ class Tiling(NamedTuple):
     blocks: int
 
 
-def choose_tiling(batch: int, length: int, heads: int, keys: int, halo: int, budget: int) -> Tiling:
-    """Tiles of about `budget` logits, of at most 8 requests where a history needs several, then
-    no narrower than `halo`, the positions before it that a tile reads.
+def choose_tiling(
+    batch: int, length: int, heads: int, keys: int, halo: int, budget: int, sharded: bool = False
+) -> Tiling:
+    """Tiles of about `budget` logits: of whole histories where one fits, else of 8 requests each,
+    then no narrower than `halo`, the positions before it that a tile reads.
 
-    The requests of a tile are B / G apart, so that with the batch sharded over up to eight
-    devices every device walks over its own rows.
+    The requests of a tile are B / G apart. Where XLA has sharded the batch a tile has 8 of them,
+    so that up to eight devices walk over their own rows.
     """
-    rows = next(g for g in (8, 4, 2, 1) if batch % g == 0)
+    history = heads * keys * length
+    eight, *fewer = (g for g in (8, 4, 2, 1) if batch % g == 0)
+    rows = eight if sharded else next((g for g in (eight, *fewer) if g * history <= budget), eight)
     groups = batch // rows
     widest = max(budget // (rows * heads * keys), -(-halo // 64) * 64, 64)
     if length <= widest:
-        more = max(budget // (rows * heads * keys * length), 1)
+        more = max(budget // (rows * history), 1)
         factor = next(f for f in range(min(more, groups), 0, -1) if groups % f == 0)
         return Tiling(rows * factor, groups // factor, length, 1)
     # Whole vectors, with as little padding as possible, then as wide as possible.

@@ -22,11 +22,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.dispatch import platform
 from kernels.evo_attention.arguments import Band, Prefix, scale_of
 from kernels.evo_attention.layout import (
+    ZERO,
     Tiling,
     choose_tiling,
     long,
@@ -56,7 +58,8 @@ def tiled_branches(spec, q, prefixes, band, slopes, times, mask):
     Returns:
       one [B, L, H, K] per prefix, then one for the band, in q's dtype.
     """
-    return _forward(spec, q, prefixes, band, slopes, times, mask)[0]
+    out, _ = _forward(spec, q, prefixes, band, slopes, times, mask)
+    return tuple(unlong(o, q.shape[1]) for o in out)
 
 
 class _Inputs(NamedTuple):
@@ -78,7 +81,7 @@ def _prepare(spec, q, prefixes, band, slopes, times, mask) -> _Inputs:
     halo = 0 if band is None else spec.window - 1
     batch, length, heads, _ = q.shape
     budget = _budget(spec, batch * length * heads * max(keys))
-    tiling = choose_tiling(batch, length, heads, max(keys), halo, budget)
+    tiling = choose_tiling(batch, length, heads, max(keys), halo, budget, bool(spec.axes))
 
     def heads_first(x):  # [B, S, H, K] -> [B, H, S, K]
         return jnp.swapaxes(x, 1, 2)
@@ -139,7 +142,7 @@ def _budget(spec, logits: int) -> int:
     """
     if spec.tile_logits or platform() != "cpu":
         return spec.tile_logits or 64_000_000
-    return min(600_000, logits // 2)
+    return min(400_000, logits // 2)
 
 
 # ---- one branch of one tile ------------------------------------------------------------------
@@ -199,17 +202,23 @@ def _slope_gradients(d_logits, terms):
 def _prefix_terms(spec, query_clock, query_position, clock, position, dtype):
     """[G, R + 1, S, T]; clocks of [G, T] and [G, S], positions [T] and [G, S]."""
     query, key = (x[:, None] for x in query_clock), (x[..., None] for x in clock)
-    terms = spec.rel.terms(query, key, dtype)
     visible = position[:, :, None] < query_position
-    return _stacked([*terms, jnp.where(visible, dtype(0), dtype(HIDDEN))])
+    return _terms(spec, query, key, visible, 0, dtype)
 
 
-def _stacked(terms):
-    """jnp.stack at axis 1, one write each: as a concatenation XLA on a CPU may make every element
-    with a choice among the operands, which is no vector loop."""
-    out = jnp.zeros(terms[0].shape[:1] + (len(terms),) + terms[0].shape[1:], terms[0].dtype)
+def _terms(spec, query, key, visible, before: int, dtype):
+    """RelTemporal's terms and the visibility [G, S, T] as [G, R + 1, before + S, T], 0 in front.
+
+    One write each: as a concatenation XLA on a CPU may make every element with a choice among the
+    operands, and with padding it does so element by element.
+    """
+    hidden = jnp.where(visible, dtype(0), dtype(HIDDEN))
+    terms = (*spec.rel.terms(query, key, dtype), hidden)
+    g, s, t = visible.shape
+    out = jnp.zeros((g, len(terms), before + s, t), dtype)
     for i, term in enumerate(terms):
-        out = jax.lax.dynamic_update_index_in_dim(out, term, i, 1)
+        at = (ZERO, np.int32(i), np.int32(before), ZERO)
+        out = jax.lax.dynamic_update_slice(out, term[:, None], at)
     return out
 
 
@@ -225,12 +234,9 @@ def _band_terms(spec, clock, mask, dtype):
     def shifts(x):
         return jnp.stack([_shifted(x, s, w) for s in range(w)], 1)
 
-    visible = shifts(mask)
     query = (_shifted(x, 0, w)[:, None] for x in clock)
-    terms = spec.rel.terms(query, map(shifts, clock), dtype)
-    terms = jnp.stack([*terms, jnp.where(visible, dtype(0), dtype(HIDDEN))], 1)
     # The user key comes first: no bias, always visible.
-    return jnp.pad(terms, ((0, 0), (0, 0), (1, 0), (0, 0)))
+    return _terms(spec, query, map(shifts, clock), shifts(mask), 1, dtype)
 
 
 def _band_products(q, k, user_k, w: int):
@@ -266,6 +272,7 @@ def _band_over_queries(x, q, w: int):
 
 
 def _forward(spec, q, prefixes, band, slopes, times, mask):
+    """The branches [B, H, K, n] and the logarithms of their normalisers [B, H, n], by branch."""
     x = _prepare(spec, q, prefixes, band, slopes, times, mask)
     dtype, w, halo, width = accumulation_dtype(q.dtype), spec.window, x.halo, x.tiling.width
     branches = len(prefixes) + (band is not None)
@@ -303,15 +310,15 @@ def _forward(spec, q, prefixes, band, slopes, times, mask):
         return tuple(out), tuple(log_total)
 
     read = functools.partial(_tile, x, scale_of(q, spec))
-    out, log_total = loop(x.tiling, read, body, (out, log_total))
-    return tuple(unlong(o, q.shape[1]) for o in out), log_total
+    return loop(x.tiling, read, body, (out, log_total))
 
 
 def _forward_rule(spec, q, prefixes, band, slopes, times, mask):
     results = _forward(spec, q, prefixes, band, slopes, times, mask)
     # Where a caller makes activations anew, these are worth keeping: see model.SparseCTR.
     out, log_total = checkpoint_name(results, SAVED)
-    return out, (q, prefixes, band, slopes, times, mask, out, log_total)
+    residuals = q, prefixes, band, slopes, times, mask, out, log_total
+    return tuple(unlong(o, q.shape[1]) for o in out), residuals
 
 
 def _backward_rule(spec, residuals, d_out):
@@ -323,7 +330,9 @@ def _backward_rule(spec, residuals, d_out):
     # over the keys, and the slopes' gradients multiply it by a time's logarithm.
     exact = q.dtype == dtype
     scale = scale_of(q, spec)
-    d_out, out = ([long(o, x.tiling) for o in y] for y in (d_out, out))
+    d_out = [long(o, x.tiling) for o in d_out]
+    # do . out [B, H, n]
+    dots = [(do.astype(dtype) * o.astype(dtype)).sum(2) for do, o in zip(d_out, out, strict=True)]
 
     def zeros(a):
         return jnp.zeros(a.shape, dtype)
@@ -336,9 +345,9 @@ def _backward_rule(spec, residuals, d_out):
     }
 
     def read(row, start):
-        """The inputs; of each branch the cotangent [G, H, K, T], the output and its log
-        normaliser."""
-        branches = ((take(a, x.tiling, row, start) for a in y) for y in (d_out, out, log_total))
+        """The inputs; of each branch the cotangent [G, H, K, T], do . out and the log
+        normaliser, [G, H, T]."""
+        branches = ((take(a, x.tiling, row, start) for a in y) for y in (d_out, dots, log_total))
         return _tile(x, scale, row, start), list(zip(*branches, strict=True))
 
     def body(tile, row, start, grads):
@@ -349,12 +358,8 @@ def _backward_rule(spec, residuals, d_out):
         dq = []
         d_prefixes = list(grads["prefixes"])
 
-        def dot_out(do, result):  # [G, H, T]
-            return jnp.sum(do.astype(dtype) * result.astype(dtype), 2)
-
         for branch, (k, v, key_clock, key_position) in enumerate(tile.prefixes):
-            do, result, total = cotangents[branch]
-            product = dot_out(do, result)
+            do, product, total = cotangents[branch]
             terms = _prefix_terms(spec, query_clock, position, key_clock, key_position, dtype.type)
             logits = _product(k, tile.q) + _bias(x.coefficients, terms)
             weights = jnp.exp(logits - total[:, :, None])
@@ -365,7 +370,8 @@ def _backward_rule(spec, residuals, d_out):
                 d_logits = weights * _product(v_one, do_one)
             else:
                 d_logits = _softmax_gradient(weights, _product(v, do))
-            dq.append(_over_keys(jnp.swapaxes(k, 2, 3), d_logits))
+            # Made before the product, which as one of a transposed k is no fast one on a CPU.
+            dq.append(_over_keys(jax.lax.optimization_barrier(jnp.swapaxes(k, 2, 3)), d_logits))
             dk, dv = d_prefixes[branch]
             dk = put(dk, x.tiling, _over_queries(d_logits, tile.q), row, add=True)
             dv = put(dv, x.tiling, _over_queries(weights, do), row, add=True)
@@ -374,8 +380,7 @@ def _backward_rule(spec, residuals, d_out):
         if x.band is not None:
             k, v, user_k, user_v = (a.astype(dtype) for a in tile.band)
             q_wide = tile.q.astype(dtype)
-            do, result, total = cotangents[-1]
-            product = dot_out(do, result)
+            do, product, total = cotangents[-1]
             do = do.astype(dtype)
             terms = _band_terms(spec, tile.clock, tile.mask, dtype.type)
             logits = _band_products(q_wide, k, user_k, w) + _bias(x.coefficients, terms)

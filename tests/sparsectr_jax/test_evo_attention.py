@@ -164,6 +164,11 @@ def test_a_band_wider_than_the_smallest_tile():
     assert choose_tiling(1, 170, H, 71, 69, 100) == (1, 1, 128, 2)
 
 
+def test_a_tile_holds_whole_histories_where_one_fits():
+    assert choose_tiling(16, 200, 8, 32, 4, 400_000) == (4, 4, 200, 1)
+    assert choose_tiling(16, 200, 8, 32, 4, 400_000, sharded=True) == (8, 2, 128, 2)
+
+
 def test_tilings_cover_every_query_and_divide_the_batch():
     for batch in (1, 3, 7, 8, 24, 1024):
         for length in (1, 63, 200, 1000, 8192):
