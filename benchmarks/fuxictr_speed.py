@@ -5,7 +5,8 @@
 L=200, batch 1024, embedding 32 per field, vocabularies of MovieLens-1M's size, one candidate,
 generated ids; two threads. Every model is a process of its own, kept alive and run in turns, so
 that a machine that slows down slows all of them; a ratio is the median over the rounds of the
-ratios within a round.
+ratios within a round. "Length buckets": requests of the same kind, of like length together, as
+config.length_buckets has them; FuxiCTR's classes have one length for all.
 
 FuxiCTR is not installed by this. Its base classes and layers come from `pip install fuxictr torch`
 (in an environment of its own, if you like: --fuxictr_python), its model classes from the folder
@@ -49,6 +50,9 @@ MODELS = {
     | {"hyperparameters": {"width": 128, "num_layers": 1, "num_heads": 8}},
     "DIN": {"side": "ours", "module": "baselines_jax.din", "hyperparameters": {}},
 }
+# The same with config.length_buckets; enough batches that those of every bucket are many.
+BUCKETS = {"length_buckets": [50, 100, 150, 200], "batches": 16}
+MODELS |= {f"{name}, length buckets": MODELS[name] | BUCKETS for name in MODELS if "=" in name}
 
 
 class Missing(RuntimeError):
@@ -107,9 +111,11 @@ class Worker:
         return answer
 
     def steps_for(self, phase: str, seconds: float) -> int:
-        """Warms `phase` up (two steps) and says how many steps fill about `seconds`."""
-        self.run(phase, 1)
-        return max(1, round(seconds / self.run(phase, 1)["seconds"]))
+        """Warms `phase` up and says how many steps fill about `seconds`: of batches that differ in
+        length, whole rounds."""
+        every = self.facts["batches"] if "length_buckets" in self._options else 1
+        self.run(phase, every)
+        return every * max(1, round(seconds / self.run(phase, every)["seconds"]))
 
     def close(self) -> None:
         self._process.stdin.close()

@@ -76,6 +76,29 @@ def generated_batch(rows: int, length: int, zipf: float, seed: int) -> dict[str,
     return {name: np.ascontiguousarray(x, np.int32) for name, x in batch.items()}
 
 
+def by_length(batches: list[dict], buckets: list[int]) -> list[dict]:
+    """The requests of `batches` in batches of one length bucket each, cut to its length.
+
+    As config.length_buckets has them (docs/input.md): a request is in the first bucket that holds
+    its history. Batches keep their number of rows; what does not fill one is left out. Their order
+    spreads every bucket evenly, so that any run of batches holds the buckets in their shares.
+    """
+    rows = len(batches[0]["label"])
+    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    lengths = (whole["item_history"] != 0).sum(1)
+    placed = []
+    for shorter, bucket in zip([-1, *buckets], buckets, strict=False):
+        of = np.flatnonzero((lengths > shorter) & (lengths <= bucket))
+        number = len(of) // rows
+        for i, index in enumerate(of[: number * rows].reshape(number, rows)):
+            batch = {
+                name: np.ascontiguousarray(x[index, -bucket:] if x.ndim == 2 else x[index])
+                for name, x in whole.items()
+            }
+            placed.append(((i + 0.5) / number, bucket, batch))
+    return [batch for *_, batch in sorted(placed, key=lambda x: x[:2])]
+
+
 def fuxictr_side(options: dict, batches: list[dict]) -> dict:
     """FuxiCTR's class, layers, initialisation, loss and optimizer step (its train_step).
 
@@ -203,32 +226,37 @@ def our_side(options: dict, batches: list[dict]) -> dict:
             label=batch["label"][:, None].astype(np.float32),
         )
 
+    if options.get("length_buckets"):
+        shorter = [n for n in options["length_buckets"] if n < options["length"]]
+        batches = by_length(batches, [*shorter, options["length"]])
     requests = [request_batch(batch) for batch in batches]
     experiment = steps.bind(config, spec, mesh, total_steps=1_000_000)
     state = steps.init_state(experiment, seed=0)
-    first = sharding.put_batch(requests[0], mesh)
+    shapes = {request.shape: sharding.put_batch(request, mesh) for request in requests}
 
-    def compile_step(step, *args):
+    def compile_step(step, first):
+        """{shape: compiled}, seconds for all of them, the most temporary bytes."""
         began = time.perf_counter()
-        compiled = step.lower(*args).compile()
+        compiled = {shape: step.lower(first, batch).compile() for shape, batch in shapes.items()}
         seconds = round(time.perf_counter() - began, 2)
-        return compiled, seconds, compiled.memory_analysis().temp_size_in_bytes
+        temporary = (x.memory_analysis().temp_size_in_bytes for x in compiled.values())
+        return compiled, seconds, max(temporary)
 
     def weights() -> dict:
         return {name: state[name] for name in ("tables", "model", "model_state")}
 
-    train_step, train_compile, train_temp = compile_step(steps.train_step(experiment), state, first)
-    score_step, infer_compile, infer_temp = compile_step(
-        steps.score_step(experiment), weights(), first
-    )
+    train_step, train_compile, train_temp = compile_step(steps.train_step(experiment), state)
+    score_step, infer_compile, infer_temp = compile_step(steps.score_step(experiment), weights())
 
     def train(i: int) -> float:
         nonlocal state
-        state, scalars = train_step(state, sharding.put_batch(requests[i], mesh))
+        step = train_step[requests[i].shape]
+        state, scalars = step(state, sharding.put_batch(requests[i], mesh))
         return float(scalars["loss"])
 
     def infer(i: int) -> np.ndarray:
-        return np.asarray(score_step(weights(), sharding.put_batch(requests[i], mesh)))
+        step = score_step[requests[i].shape]
+        return np.asarray(step(weights(), sharding.put_batch(requests[i], mesh)))
 
     def size(tree) -> int:
         return sum(x.size for x in jax.tree.leaves(tree))
@@ -237,6 +265,7 @@ def our_side(options: dict, batches: list[dict]) -> dict:
         "parameters": size(state["model"]),
         "table_parameters": size(state["tables"]),
         "versions": {"jax": jax.__version__},
+        "batches": len(requests),
         "threads": options["threads"],  # XLA takes as many as the process may run on
         "compile_seconds": {"train": train_compile, "infer": infer_compile},
         "temp_bytes": {"train": train_temp, "infer": infer_temp},
@@ -277,7 +306,7 @@ def serve(options: dict) -> None:
         step, last = side[command["phase"]], None
         began, cpu = time.perf_counter(), time.process_time()
         for _ in range(command["steps"]):
-            last = step(at % len(batches))
+            last = step(at % side["facts"].get("batches", len(batches)))
             at += 1
         answer(
             seconds=time.perf_counter() - began,

@@ -30,6 +30,25 @@ def test_batches_are_right_aligned_with_ids_in_range():
     assert all(np.array_equal(batch[name], again[name]) for name in batch)
 
 
+def test_batches_by_length_hold_the_same_requests_cut_to_their_bucket():
+    batches = [fuxictr_workers.generated_batch(64, 200, zipf=1.0, seed=s) for s in range(8)]
+    cut = fuxictr_workers.by_length(batches, [100, 200])
+
+    def requests(batches):  # the user's columns, and the history without its padding
+        for batch in batches:
+            for i in range(len(batch["label"])):
+                history = batch["item_history"][i]
+                yield batch["user_id"][i], batch["item"][i], tuple(history[history != 0])
+
+    before = set(requests(batches))
+    assert set(requests(cut)) <= before and len(before) - 64 * len(cut) < 2 * 64
+    assert {len(batch["label"]) for batch in cut} == {64}
+    assert {batch["time_history"].shape[1] for batch in cut} == {100, 200}
+    for batch in cut:
+        lengths = (batch["item_history"] != 0).sum(1)
+        assert (lengths > 100).all() == (batch["item_history"].shape[1] == 200)
+
+
 def test_ratios_are_medians_of_ratios_within_a_round():
     def result(rates, peak):
         phase = {"rates": rates, "cpu_rates": [r / 2 for r in rates]}
