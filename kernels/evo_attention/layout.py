@@ -29,7 +29,7 @@ class Tiling(NamedTuple):
 def choose_tiling(
     batch: int, length: int, heads: int, keys: int, halo: int, budget: int, sharded: bool = False
 ) -> Tiling:
-    """Tiles of about `budget` logits: of whole histories where one fits, else of 8 requests each,
+    """Tiles of about `budget` logits: of whole histories where they fit, else of 8 requests each,
     then no narrower than `halo`, the positions before it that a tile reads.
 
     The requests of a tile are B / G apart. Where XLA has sharded the batch a tile has 8 of them,
@@ -37,7 +37,9 @@ def choose_tiling(
     """
     history = heads * keys * length
     eight, *fewer = (g for g in (8, 4, 2, 1) if batch % g == 0)
-    rows = eight if sharded else next((g for g in (eight, *fewer) if g * history <= budget), eight)
+    # One history alone was slower on a CPU, but where it is much longer than its keys are many.
+    whole = (g for g in (eight, *fewer) if g * history <= budget and (g > 1 or length >= 32 * keys))
+    rows = eight if sharded else next(whole, eight)
     groups = batch // rows
     widest = max(budget // (rows * heads * keys), -(-halo // 64) * 64, 64)
     if length <= widest:
