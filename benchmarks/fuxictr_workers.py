@@ -85,10 +85,10 @@ def by_length(batches: list[dict], buckets: list[int]) -> list[dict]:
     """
     rows = len(batches[0]["label"])
     whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    lengths = (whole["item_history"] != 0).sum(1)
+    which = np.searchsorted(buckets[:-1], (whole["item_history"] != 0).sum(1))
     placed = []
-    for shorter, bucket in zip([-1, *buckets], buckets, strict=False):
-        of = np.flatnonzero((lengths > shorter) & (lengths <= bucket))
+    for k, bucket in enumerate(buckets):
+        of = np.flatnonzero(which == k)
         number = len(of) // rows
         for i, index in enumerate(of[: number * rows].reshape(number, rows)):
             batch = {

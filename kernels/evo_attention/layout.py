@@ -36,10 +36,10 @@ def choose_tiling(
     so that up to eight devices walk over their own rows.
     """
     history = heads * keys * length
-    eight, *fewer = (g for g in (8, 4, 2, 1) if batch % g == 0)
+    several = [g for g in (8, 4, 2, 1) if batch % g == 0]
     # One history alone was slower on a CPU, but where it is much longer than its keys are many.
-    whole = (g for g in (eight, *fewer) if g * history <= budget and (g > 1 or length >= 32 * keys))
-    rows = eight if sharded else next(whole, eight)
+    whole = [g for g in several if g * history <= budget and (g > 1 or length >= 32 * keys)]
+    rows = several[0] if sharded or not whole else whole[0]
     groups = batch // rows
     widest = max(budget // (rows * heads * keys), -(-halo // 64) * 64, 64)
     if length <= widest:
