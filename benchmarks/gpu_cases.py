@@ -214,13 +214,14 @@ def _filling(op, shape, dtype, both):
 
 
 def _work(op, shape, dtype, both) -> dict:
-    """Bytes of arguments and results, each once, and operations as the XLA path has them."""
+    """Bytes of arguments and results, each once in each pass (a training step has the loss between
+    them, so both read the history), and operations as the XLA path has them."""
     call = call_of(op, shape, "xla", dtype, both)
-    arguments = OPS[op].calls(shape, "xla", jnp.dtype(dtype))["backward"][1]
-    arguments = arguments if both else arguments[:-1]
-    arrays = jax.tree.leaves((arguments, jax.eval_shape(call, *arguments)))
+    calls = OPS[op].calls(shape, "xla", jnp.dtype(dtype))
+    passes = [calls[way] for way in ("forward", "backward")[: 1 + both]]
+    arrays = jax.tree.leaves([(x, jax.eval_shape(function, *x)) for function, x in passes])
     moved = sum(x.size * x.dtype.itemsize for x in arrays)
-    return {"bytes": moved, "operations": sum(flops.count(call, *arguments).values())}
+    return {"bytes": moved, "operations": sum(flops.count(call, *passes[-1][1]).values())}
 
 
 @jax.jit
@@ -346,8 +347,8 @@ def sweep(op: str, shape: Any, dtype: str, bench: Bench) -> dict:
         candidates = (128, 256, 512) if of_tpu else (16, 32, 64)
     else:
         kind = SegmentedBlocks if op == STA else AbsorbedBlocks
-        rows = (128, 256, 512, 1024) if of_tpu else (32, 64, 128)
-        queries = (128,) if of_tpu else (16, 64) if op == STA else (4, 8, 16)
+        rows = (128, 256, 512, 1024) if of_tpu else (64, 128) if op == STA else (64, 128, 256)
+        queries = (128,) if of_tpu else (16, 32, 64) if op == STA else (4, 8, 16)
         candidates = [kind(c, r) for c in queries for r in rows]
     candidates = candidates[:1] if bench.small else candidates
 

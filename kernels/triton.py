@@ -78,7 +78,7 @@ def _assembly(instruction: str, *operands: jax.Array, otherwise: Callable) -> ja
     """The PTX instruction on each element; `otherwise` where a kernel is interpreted."""
     if dispatch.platform() != "gpu":
         return otherwise(*operands)
-    operands = jnp.broadcast_arrays(*operands)
+    operands = jnp.broadcast_arrays(*(jnp.asarray(x, jnp.float32) for x in operands))
     (result,) = plgpu.elementwise_inline_asm(
         instruction,
         args=operands,

@@ -12,13 +12,14 @@ from kernels import dispatch
 
 
 class Blocks(NamedTuple):
-    """Of one program: candidates (of pallas_gpu's backward pass: at least) and rows of a block."""
+    """Of one program: candidates (of pallas_gpu's backward pass: at least), and rows of a block (of
+    that pass: half as many)."""
 
     candidates: int
     rows: int  # a power of 2 for pallas_gpu
 
 
-DEFAULT = {"pallas_tpu": Blocks(128, 512), "pallas_gpu": Blocks(8, 64)}
+DEFAULT = {"pallas_tpu": Blocks(128, 512), "pallas_gpu": Blocks(8, 128)}
 TABLE: dict[str, dict[tuple[str, str, int], Blocks]] = {"pallas_tpu": {}, "pallas_gpu": {}}
 
 

@@ -17,7 +17,7 @@ units.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,32 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.absorbed_target_attention.blocks import Blocks
 from kernels.absorbed_target_attention.reference import Weights, leaky_relu
-from kernels.absorbed_target_attention.unit import Shape, derivative
 from kernels.products import dot
 
 MOST_CANDIDATES = 2048  # the backward pass keeps a request's query gradient on chip
 SUBLANES, LANES = 8, 128
 NN, NT, TN = (1, 0), (1, 1), (0, 0)  # axes that a product contracts
+
+
+class Shape(NamedTuple):
+    """What the kernels know when they are traced."""
+
+    candidates: int  # C
+    block: int  # c
+    rows: int  # K
+    row_block: int  # k
+    width: int  # d
+    hidden: int  # h
+    joint: bool
+    slope: float
+
+    @property
+    def candidate_blocks(self) -> int:
+        return -(-self.candidates // self.block)
+
+    @property
+    def row_blocks(self) -> int:
+        return -(-self.rows // self.row_block)
 
 
 def refusal(candidates: int, dtype: Any) -> str | None:
@@ -50,6 +70,11 @@ def _inside(block: jax.Array, index: Any, size: int, axis: int) -> jax.Array:
         return block
     at = index * step + jax.lax.broadcasted_iota(jnp.int32, block.shape, axis)
     return jnp.where(at < size, block, jnp.zeros_like(block))
+
+
+def _slope(x: jax.Array, shape: Shape) -> jax.Array:
+    """phi'(x)."""
+    return jnp.where(x > 0, 1.0, shape.slope)
 
 
 def _unit(ref: Any, j: Any) -> jax.Array:
@@ -153,7 +178,7 @@ def _backward_kernel(
         scores, dq, dkeys = sums
         weight = out_ref[0, j]
         x, scaled = _product(q, keys, w1_ref, w3_ref, of_keys, j, shape)
-        activated, of_x = leaky_relu(x, shape.slope), of_scores * derivative(x, shape.slope)
+        activated, of_x = leaky_relu(x, shape.slope), of_scores * _slope(x, shape)
         if shape.joint:
             of_rows[pl.ds(j, 1), :] = weight * jnp.sum(of_x, axis=0, keepdims=True)
             of_query = weight * jnp.sum(of_x, axis=1, keepdims=True)
@@ -162,7 +187,7 @@ def _backward_kernel(
         else:
             alone = _unit(of_keys, j)
             activated += leaky_relu(alone, shape.slope)
-            of_alone = jnp.sum(of_scores, axis=0, keepdims=True) * derivative(alone, shape.slope)
+            of_alone = jnp.sum(of_scores, axis=0, keepdims=True) * _slope(alone, shape)
             of_rows[pl.ds(j, 1), :] = weight * of_alone
         dout_ref[pl.ds(j, 1), :] += jnp.sum(of_scores * activated, axis=0, keepdims=True)
         of_x = (weight * of_x).astype(keys.dtype)

@@ -34,8 +34,8 @@ class Weights:
 
 
 def leaky_relu(x: jax.Array, slope: float) -> jax.Array:
-    """x where positive, slope x elsewhere (0 <= slope <= 1)."""
-    return jnp.maximum(x, slope * x)
+    """x where positive, slope x elsewhere: of derivative `slope` at 0."""
+    return jnp.where(x > 0, x, slope * x)
 
 
 def attend(

@@ -35,7 +35,7 @@ class Static(NamedTuple):
         return self.activation == "softmax"
 
 
-DEFAULT = {"pallas_tpu": Blocks(128, 256), "pallas_gpu": Blocks(64, 64)}
+DEFAULT = {"pallas_tpu": Blocks(128, 256), "pallas_gpu": Blocks(32, 64)}
 TABLE: dict[str, dict[tuple[str, str, int], Blocks]] = {"pallas_tpu": {}, "pallas_gpu": {}}
 
 

@@ -34,6 +34,7 @@ from kernels.segmented_target_attention.pallas_gpu_parts import (
 from kernels.triton import dot, load, power, store
 
 PROGRAMS = 512  # at least, where a history can be split: a GPU has 100 to 150 multiprocessors
+WARPS, STAGES = 2, 3  # of blocks of 32 candidates; with 4 and 2 of 64 it was slower in every trial
 MOST_SOFTMAX_ROWS = 128  # of a segment, which has to fit shared memory: an H200 has none for 256
 
 
@@ -249,6 +250,8 @@ def forward(static: Static, q, k, v, mask, bias) -> jax.Array:
         jax.ShapeDtypeStruct(sums, q.dtype),
         static,
         "forward",
+        WARPS,
+        STAGES,
     )(q, k, k if v is None else v, mask.astype(jnp.int8), bias)
 
 
@@ -266,6 +269,8 @@ def backward(static: Static, q, k, v, mask, bias, dz):
         like(k, v),
         static,
         "backward_rows",
+        WARPS,
+        STAGES,
     )(*arguments)
     partial = (len(q), shape.splits, *q.shape[1:])
     dq, dbias = call(
@@ -278,5 +283,7 @@ def backward(static: Static, q, k, v, mask, bias, dz):
         ],
         static,
         "backward_candidates",
+        WARPS,
+        STAGES,
     )(*arguments)
     return dq.sum(1).astype(q.dtype), dk, dv[0] if dv else None, dbias.sum((0, 1, 2))

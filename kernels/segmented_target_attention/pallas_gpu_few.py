@@ -41,6 +41,7 @@ MANY = 3  # candidates: from here on a padded block of 16 on the matrix units wa
 # have fewer bytes on their way. A longer segment, of twice as many at most, takes WIDE warps.
 NUMBERS = 6144
 NARROW, WIDE = {2: 1, 4: 2}, 8  # by bytes of a number
+STAGES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,6 +241,7 @@ def forward(static: Static, q, k, v, mask, bias) -> jax.Array:
         static,
         "few_forward",
         shape.warps,
+        STAGES,
     )(q, k, k if v is None else v, mask.astype(jnp.int8), bias)
 
 
@@ -259,5 +261,6 @@ def backward(static: Static, q, k, v, mask, bias, dz):
         static,
         "few_backward",
         shape.warps,
+        STAGES,
     )(q, k, k if v is None else v, mask.astype(jnp.int8), bias, dz)
     return dq.sum(1).astype(q.dtype), dk, dv[0] if dv else None, dbias.sum((0, 1, 2))

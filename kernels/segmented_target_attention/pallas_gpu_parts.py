@@ -77,11 +77,11 @@ def gradient_of_logits(gates, slope, of_gates, axis: int, softmax: bool) -> jax.
     return of_gates * gates * slope
 
 
-def call(kernel, shape, grid, outputs, static, name: str, warps: int = 4):
+def call(kernel, shape, grid, outputs, static, name: str, warps: int, stages: int):
     """The kernel, told of `shape`, as a function of arrays."""
     kernel = functools.partial(kernel, shape=shape)
     name = f"segmented_target_attention_{name}"
-    return triton.call(kernel, outputs, name, static.interpret, warps, 2, grid=grid)
+    return triton.call(kernel, outputs, name, static.interpret, warps, stages, grid=grid)
 
 
 def like(*arrays) -> list[Any]:
