@@ -43,6 +43,7 @@ import jax
 
 from benchmarks.gpu_cases import Entry, entries
 from benchmarks.gpu_timing import TIME_UP, Bench, LeftOut, said
+from benchmarks.report import has_changed
 from kernels import dispatch
 
 RESULTS = Path("benchmarks/results")
@@ -359,7 +360,8 @@ def rate_of(row: dict) -> str:
 
 
 def record_of(path: Path, command: str, small: bool, device: dict, resume: bool) -> dict:
-    """What goes into the file before anything has run; with `resume`, what was whole in it."""
+    """What goes into the file before anything has run; with `resume`, what was whole in it, of
+    kernels that are what they were."""
     record = {
         "commands": [command],
         "date": datetime.date.today().isoformat(),
@@ -373,7 +375,9 @@ def record_of(path: Path, command: str, small: bool, device: dict, resume: bool)
         old = json.loads(path.read_text())
         record["commands"] = [*old["commands"], command]
         record["minutes_used"] = old["minutes_used"]
-        record["entries"] = [entry for entry in old["entries"] if is_whole(entry)]
+        record["entries"] = [
+            entry for entry in old["entries"] if is_whole(entry) and not has_changed(entry, old)
+        ]
     return record
 
 

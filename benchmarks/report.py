@@ -24,6 +24,7 @@ RESULTS, PAGES = Path("benchmarks/results"), ("README.md", "docs/*.md")
 MARKED = re.compile(r"(<!-- report:(\w+) -->)(.*?)(<!-- /report -->)", re.DOTALL)
 NOT_MEASURED = "not measured"
 OPS = ("evo_attention", "segmented_target_attention", "absorbed_target_attention")
+OLD = " †"  # after the name of a row
 PLATFORMS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 
 
@@ -82,16 +83,25 @@ def device_table(record: dict) -> str:
             name = " ".join(name.split()[:2])  # its dtypes and passes mostly share their reason
             apart["Without a figure"].append(f"{name} ({reason(kernel)})")
             continue
-        cells = [name, number(kernel["ms"]), f"{kernel['compile_s']:.1f}"]
+        cells = [name + OLD * has_changed(entry, record), number(kernel["ms"])]
+        cells.append(f"{kernel['compile_s']:.1f}")
         for role in ("xla", "same bias", "given bias", "no bias", "copy"):
             cells.append(compared(entry["ratios"].get(role), role))
         operations = kernel.get("operations")
         cells.append(number(operations / kernel["ms"] / 1e6) if operations else "")
         out.append("| " + " | ".join(cells) + " |")
+    if record.get("changed"):
+        what = "; ".join(dict.fromkeys(record["changed"].values()))
+        out += ["", f"{OLD.strip()} Measured before the kernel changed: {what}."]
     for what, said in apart.items():
         if said:
             out += ["", f"{what}: {'; '.join(dict.fromkeys(said))}."]
     return "\n".join(out)
+
+
+def has_changed(entry: dict, record: dict) -> bool:
+    """Whether its kernel has since it ran: "changed" of a file maps parts of names to what."""
+    return any(part in entry["name"] for part in record.get("changed", {}))
 
 
 def reason(row: dict) -> str:

@@ -62,12 +62,15 @@ def test_a_run_goes_on_where_its_file_ends(tmp_path):
         {"name": "cut", "status": "ok", "rows": rows},
         {"name": "late", "status": "left out", "error": TIME_UP},
         {"name": "broken", "status": "failed", "error": "RuntimeError"},
+        {"name": "speed of_old_kernel", "status": "ok", "rows": rows[:1]},
     ]
-    gpu_suite.write({"commands": ["first"], "minutes_used": [8.0], "entries": entries}, path)
+    old = {"commands": ["first"], "minutes_used": [8.0], "entries": entries}
+    gpu_suite.write(old | {"changed": {"of_old_kernel": "rewritten"}}, path)
     device = {"device": "NVIDIA H200", "platform": "gpu"}
     record = gpu_suite.record_of(path, "second", False, device, resume=True)
     assert [entry["name"] for entry in record["entries"]] == ["whole"]
     assert record["commands"] == ["first", "second"] and record["measures"] == "NVIDIA H200"
+    assert "changed" not in record
     anew = gpu_suite.record_of(path, "second", False, device, resume=False)
     assert anew["entries"] == [] and anew["commands"] == ["second"]
 

@@ -74,6 +74,11 @@ def test_a_devices_table_says_what_was_met_missed_and_not_reached(record):
     assert "**3** (goal 2), jax.nn cudnn |" in line
     assert "Without a figure: evo_attention late (the time was up)" in table
     assert "Not compared with: torch SDPA, same bias (no torch)" in table
+    assert "†" not in table
+    of_old_kernels = record | {"changed": {"wide bfloat16 forward": "rewritten"}}
+    table = report.tables([of_old_kernels])["gpu"]
+    assert "wide bfloat16 forward † | 1.5 |" in table
+    assert "† Measured before the kernel changed: rewritten." in table
     headline = report.tables([record])["headline"]
     assert headline.startswith("NVIDIA H200: 2.5x XLA path, 8.04x full attention with the same")
     assert report.tables([record])["blocks"].startswith(
