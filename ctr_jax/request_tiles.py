@@ -1,8 +1,10 @@
-"""A function of requests, a few of them at a time, made anew in the backward pass.
+"""A function of requests, a few of them at a time.
 
 Requests do not see each other, so what a few need fits a cache, and memory does not grow with the
-batch. On a mesh every device goes through its own requests, and the gradients of what all requests
-share are summed over the devices once, not for every tile (kernels/meshes.py).
+batch. `in_tiles` gives results, and makes anew what the backward pass needs of a tile;
+`loss_in_tiles`, of a function that ends at the loss, makes gradients with it, and nothing twice. On
+a mesh every device goes through its own requests, and the gradients of what all requests share are
+summed over the devices once, not for every tile (kernels/meshes.py).
 
 Axis letter: B requests.
 """
@@ -42,6 +44,25 @@ def in_tiles(
     return _tiled(how, requests, fixed, shared)
 
 
+def loss_in_tiles(
+    function: Callable[[Any, Any, Any], jax.Array],
+    requests: Any,
+    fixed: Any,
+    shared: Any,
+    most: int,
+) -> jax.Array:
+    """The sum of the scalars that `function` gives of at most `most` requests at a time.
+
+    Arguments are those of `in_tiles`, but that what groups are filled up with has to add 0. What
+    the whole batch's loss is divided by belongs into `shared`.
+    """
+    b = len(jax.tree.leaves(requests)[0])
+    if not dispatch.requests_are_local(b):
+        return function(requests, fixed, shared)
+    how = _How(function, dispatch.request_axes(), max(1, most))
+    return _summed(how, requests, fixed, shared)
+
+
 @dataclasses.dataclass(frozen=True)
 class _How:
     function: Callable
@@ -76,12 +97,8 @@ def _tiled_backward(how, arguments, dout):
             drequests, dshared_here = back(dout)
             return jax.tree.map(jnp.add, dshared, dshared_here), drequests
 
-        # Sums over many tiles: in float32 at least, whatever the weights were rounded to.
-        start = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shared
-        )
         groups = cut((requests, fixed, dout), size_of_groups(b, how.most))
-        dshared, drequests = jax.lax.scan(step, start, groups)
+        dshared, drequests = jax.lax.scan(step, _no_sums(shared), groups)
         return whole(drequests, b), dshared
 
     requests, fixed, shared = arguments
@@ -91,3 +108,44 @@ def _tiled_backward(how, arguments, dout):
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+def _no_sums(shared):
+    """Of sums over many tiles: in float32 at least, whatever the weights were rounded to."""
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shared
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(how, requests, fixed, shared):
+    def forward(inputs, shared):
+        groups = cut(inputs, size_of_groups(len(jax.tree.leaves(inputs)[0]), how.most))
+        return (), jnp.sum(jax.lax.map(lambda x: how.function(*x, shared), groups))
+
+    return meshes.over_requests(how.axes, forward, (requests, fixed), shared)[1]
+
+
+def _summed_forward(how, requests, fixed, shared):
+    def forward(inputs, shared):
+        b = len(jax.tree.leaves(inputs)[0])
+
+        def step(sums, tile):
+            with_gradients = jax.value_and_grad(how.function, (0, 2))
+            loss, (drequests, dshared) = with_gradients(*tile, shared)
+            return jax.tree.map(jnp.add, sums, (loss, dshared)), drequests
+
+        start = jnp.zeros((), jnp.float32), _no_sums(shared)
+        sums, drequests = jax.lax.scan(step, start, cut(inputs, size_of_groups(b, how.most)))
+        return whole(drequests, b), sums
+
+    drequests, (loss, dshared) = meshes.over_requests(how.axes, forward, (requests, fixed), shared)
+    dshared = jax.tree.map(lambda x, g: g.astype(x.dtype), shared, dshared)
+    return loss, (drequests, jax.tree.map(lambda x: None, fixed), dshared)
+
+
+def _summed_backward(how, gradients, dloss):
+    return jax.tree.map(lambda g: (dloss * g).astype(g.dtype), gradients)
+
+
+_summed.defvjp(_summed_forward, _summed_backward)

@@ -233,24 +233,30 @@ def _gradients(experiment: Experiment) -> Callable:
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
     parts = micro_batches.parts_of(config.batch_size, config.micro_batch, mesh.shape[sharding.DATA])
 
-    def loss_fn(params, looked_up, model_state, embedded, denominator, rng):
-        params, (vectors, rows) = precision.rounded((params, looked_up), config.dtype)
-        batch = embedded.batch
-        with dispatch.scope(config.kernels, sharding.BATCH_AXES):
-            (logits, out), model_state = model.apply(
-                {"params": params, **model_state},
-                embedded.replace(vectors=vectors, rows=rows),
-                train=True,
-                rngs={"dropout": rng},
-                mutable=list(model_state),
-            )
-        logloss = losses.binary_cross_entropy(
+    def loss_of(logits, batch, denominator):
+        return losses.binary_cross_entropy(
             logits,
             batch.label,
             batch.candidate_mask,
             per_request=config.loss.per_request,
             denominator=denominator,
         )
+
+    takes_loss = getattr(model, "takes_loss", False)  # it goes from a few requests to theirs
+
+    def loss_fn(params, looked_up, model_state, embedded, denominator, rng):
+        params, (vectors, rows) = precision.rounded((params, looked_up), config.dtype)
+        arguments = dict(loss=loss_of, denominator=denominator) if takes_loss else {}
+        with dispatch.scope(config.kernels, sharding.BATCH_AXES):
+            (found, out), model_state = model.apply(
+                {"params": params, **model_state},
+                embedded.replace(vectors=vectors, rows=rows),
+                train=True,
+                rngs={"dropout": rng},
+                mutable=list(model_state),
+                **arguments,
+            )
+        logloss = found if takes_loss else loss_of(found, embedded.batch, denominator)
         extra = sum(weight * out["losses"][name] for name, weight in config.loss.weights.items())
         return logloss + extra / parts, (logloss, model_state)
 

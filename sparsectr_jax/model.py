@@ -12,12 +12,11 @@ Axis letters: B requests, C candidates, L history, P chunks, d model width, H he
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from ctr_jax.batch import EmbeddedBatch
@@ -25,9 +24,9 @@ from ctr_jax.embedding import DATA_AXIS, context_mesh
 from ctr_jax.features import Column, DataSpec, default_columns, require
 from ctr_jax.head import MLPHead
 from ctr_jax.layers import MLP, token_dot_general
+from ctr_jax.request_tiles import in_tiles, loss_in_tiles
 from ctr_jax.tokens import BehaviourToken
 from kernels import dispatch
-from kernels.evo_attention import SAVED
 from sparsectr_jax import chunking
 from sparsectr_jax.block import SparseBlock, evo_spec
 from sparsectr_jax.evo_attention import History
@@ -97,67 +96,71 @@ def rows_per_tile(config: ConfigDict, batch: int) -> int:
 class SparseCTR(nn.Module):
     """The whole model behind the embeddings; see `default_config` for the fields of config.
 
-    Requests do not see each other, so on a CPU a few at a time go through the model, in cache,
-    and training makes their activations anew for the backward pass: faster, and memory does not
-    grow with the batch. On a mesh every device goes through its own requests, and gradients are
-    summed over the devices once, not for every few.
+    Requests do not see each other, so on a CPU a few at a time go through the model to the loss and
+    back, in cache: faster, and memory does not grow with the batch (ctr_jax/request_tiles.py).
     """
 
     config: ConfigDict
     columns: tuple[Column, ...]
 
     takes_rows = True
+    takes_loss = True
 
     @nn.compact
-    def __call__(self, embedded: EmbeddedBatch, train: bool) -> tuple[jax.Array, dict]:
+    def __call__(
+        self,
+        embedded: EmbeddedBatch,
+        train: bool,
+        loss: Callable[..., jax.Array] | None = None,
+        denominator: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict]:
         """EmbeddedBatch -> (logits [B, C] float32, out).
 
         `out` holds "losses" (none), and the final candidate vectors "candidates" [B, C, d].
+
+        Args:
+          loss: (logits [b, C], RequestBatch of b requests, denominator) -> scalar. With it the
+            result is the sum of these scalars in place of the logits, and `out` has no candidates:
+            gradients are then made with it, a few requests at a time.
         """
         keys = tuple(c.key for c in self.columns if c.group == "behaviour")
         if not keys:
             raise ValueError("SparseCTR needs at least one behaviour column")
         tokens = BehaviourToken(self.config.width, keys, use_bias=True, name="behaviour_token")
-        behaviours = tokens(embedded)
-        embedded = EmbeddedBatch(
-            embedded.batch, {k: x for k, x in embedded.vectors.items() if k not in keys}
-        )
+        behaviours, batch = tokens(embedded), embedded.batch
+        vectors = {k: x for k, x in embedded.vectors.items() if k not in keys}
         mesh = context_mesh()
-        batch = embedded.batch.shape[0] // (1 if mesh is None else mesh.shape[DATA_AXIS])
-        rows = rows_per_tile(self.config, batch)
-        if rows == batch or self.is_initializing():
+        local = batch.shape[0] // (1 if mesh is None else mesh.shape[DATA_AXIS])
+        rows = rows_per_tile(self.config, local)
+        if rows == local or self.is_initializing():
             requests = Requests(self.config, self.columns, name="requests")
-            logits, candidates = requests(embedded, behaviours, train)
-        else:
-            params = self.variables["params"]["requests"]
-            dropped = train and self.config.dropout > 0
-            key = self.make_rng("dropout") if dropped else jax.random.key(0)
-            run = functools.partial(self._in_tiles, rows, train)
-            if mesh is not None:
-                whole, by_data = P(), P(DATA_AXIS)
-                run = jax.shard_map(
-                    run, in_specs=(whole, whole, by_data), out_specs=by_data, check_vma=False
-                )
-            logits, candidates = run(params, key, (embedded, behaviours))
+            logits, candidates = requests(EmbeddedBatch(batch, vectors), behaviours, train)
+            if loss is not None:
+                return loss(logits, batch, denominator), {"losses": {}}
+            return logits, {"losses": {}, "candidates": candidates}
+
+        params = self.variables["params"]["requests"]
+        dropped, seeds = train and self.config.dropout > 0, jnp.zeros(batch.shape[0], jnp.uint32)
+        if dropped:
+            seeds = jax.random.bits(self.make_rng("dropout"), seeds.shape)
+
+        def run(requests, fixed, params):
+            (vectors, behaviours), (batch, seeds) = requests, fixed
+            rngs = {"dropout": jax.random.key(seeds[0])} if dropped else {}
+            module = Requests(self.config, self.columns, parent=None)
+            embedded = EmbeddedBatch(batch, vectors)
+            return module.apply({"params": params}, embedded, behaviours, train, rngs=rngs)
+
+        def run_to_loss(requests, fixed, shared):
+            params, denominator = shared
+            return loss(run(requests, fixed, params)[0], fixed[0], denominator)
+
+        requests, fixed = (vectors, behaviours), (batch, seeds)
+        if loss is not None:
+            shared = params, denominator
+            return loss_in_tiles(run_to_loss, requests, fixed, shared, rows), {"losses": {}}
+        logits, candidates = in_tiles(run, requests, fixed, params, rows)
         return logits, {"losses": {}, "candidates": candidates}
-
-    def _in_tiles(self, rows: int, train: bool, params, key, inputs):
-        """`Requests` on one device's inputs, `rows` requests at a time."""
-        requests = Requests(self.config, self.columns, parent=None)
-        batch = inputs[1].shape[0]
-        first = 0 if context_mesh() is None else jax.lax.axis_index(DATA_AXIS) * (batch // rows)
-
-        def step(carry, tile):
-            number, inputs = tile
-            rngs = {"dropout": jax.random.fold_in(key, number)}
-            return carry, requests.apply({"params": params}, *inputs, train, rngs=rngs)
-
-        if train:  # the attention's outputs are kept: they cost most and take little
-            policy = jax.checkpoint_policies.save_only_these_names(SAVED)
-            step = jax.checkpoint(step, prevent_cse=False, policy=policy)
-        cut = jax.tree.map(lambda x: x.reshape((batch // rows, rows) + x.shape[1:]), inputs)
-        _, out = jax.lax.scan(step, (), (first + jnp.arange(batch // rows), cut))
-        return jax.tree.map(lambda x: x.reshape((batch,) + x.shape[2:]), out)
 
 
 class Requests(nn.Module):
