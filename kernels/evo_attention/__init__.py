@@ -3,11 +3,9 @@
 from kernels.evo_attention.api import behaviour_branches, candidate_branches
 from kernels.evo_attention.arguments import NEVER, Band, Prefix, Recent
 from kernels.evo_attention.rel_temporal import RelTemporal, floor_log2
-from kernels.evo_attention.tiles import SAVED
 
 __all__ = [
     "NEVER",
-    "SAVED",
     "Band",
     "Prefix",
     "Recent",

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from kernels.dispatch import device_kind
@@ -31,7 +30,6 @@ from kernels.evo_attention.pallas_gpu_kernels import (
     slots_forward,
 )
 from kernels.evo_attention.slots import Slots, behaviour_problem, candidate_problem
-from kernels.evo_attention.tiles import SAVED
 from kernels.meshes import over_requests
 from kernels.triton import LEAST, call, power
 
@@ -161,9 +159,7 @@ def _branches(plan, q, groups, band, slopes, integers):
 
 def _forward_rule(plan, q, groups, band, slopes, integers):
     forward = functools.partial(_forward, plan)
-    results, _ = over_requests(plan.axes, forward, (q, groups, band, integers), slopes)
-    # Where a caller makes activations anew, these are worth keeping.
-    out, log_total = checkpoint_name(results, SAVED)
+    (out, log_total), _ = over_requests(plan.axes, forward, (q, groups, band, integers), slopes)
     local = None if band is None else out[-1]
     return out, (q, groups, band, slopes, integers, log_total, local)
 

@@ -17,14 +17,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.dispatch import block_sizes, device_kind
 from kernels.evo_attention.pallas_tpu_kernels import LANES, backward_kernel, forward_kernel
 from kernels.evo_attention.slots import ROWS, Slots, behaviour_problem, candidate_problem, joined
-from kernels.evo_attention.tiles import SAVED
 from kernels.meshes import over_requests
 
 BLOCKS: dict[tuple[str, str, int], int] = {}  # nothing was measured: the default is what compiles
@@ -97,9 +95,7 @@ def _branches(plan, q, slots, k, v, slopes, integers):
 
 def _forward_rule(plan, q, slots, k, v, slopes, integers):
     forward = functools.partial(_forward, plan)
-    results, _ = over_requests(plan.axes, forward, (q, slots, k, v, integers), slopes)
-    # Where a caller makes activations anew, these are worth keeping.
-    out, log_total = checkpoint_name(results, SAVED)
+    (out, log_total), _ = over_requests(plan.axes, forward, (q, slots, k, v, integers), slopes)
     return out, (q, slots, k, v, slopes, integers, log_total)
 
 

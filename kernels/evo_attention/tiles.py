@@ -23,7 +23,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from kernels.dispatch import platform
 from kernels.evo_attention.arguments import Band, Prefix, scale_of
@@ -42,7 +41,6 @@ from kernels.evo_attention.layout import (
 )
 from kernels.softmax import accumulation_dtype
 
-SAVED = "evo_branches"  # jax.checkpoint name of the outputs and their normalisers
 HIDDEN = -1e30  # a logit that is not visible; EMPTY is larger: no visible logit is below it
 EMPTY = -1e29
 
@@ -314,9 +312,7 @@ def _forward(spec, q, prefixes, band, slopes, times, mask):
 
 
 def _forward_rule(spec, q, prefixes, band, slopes, times, mask):
-    results = _forward(spec, q, prefixes, band, slopes, times, mask)
-    # Where a caller makes activations anew, these are worth keeping: see model.SparseCTR.
-    out, log_total = checkpoint_name(results, SAVED)
+    out, log_total = _forward(spec, q, prefixes, band, slopes, times, mask)
     residuals = q, prefixes, band, slopes, times, mask, out, log_total
     return tuple(unlong(o, q.shape[1]) for o in out), residuals
 

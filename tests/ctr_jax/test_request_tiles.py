@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ctr_jax import hlo
-from ctr_jax.request_tiles import in_tiles
+from ctr_jax.request_tiles import in_tiles, loss_in_tiles
 from kernels import dispatch
 from kernels.request_groups import cut, size_of_groups, whole
 
@@ -61,6 +61,32 @@ def both(most, requests, fixed, shared):
     return out, *gradients
 
 
+def loss_of(requests, fixed, shared):
+    *weights, divisor = shared
+    out = function(requests, fixed, weights)
+    return ((out["all"] * fixed["weights"]).sum() + out["sum"].sum()) / divisor
+
+
+def both_with_loss(most, requests, fixed, shared):
+    """As `both`: of three times the loss, whose divisor is three; the value is that of `total`."""
+    weights = jnp.cos(jnp.arange(fixed["mask"].size * H)).reshape(*fixed["mask"].shape, H)
+    fixed = fixed | {"weights": weights}
+
+    def total(requests, shared):
+        return 3 * loss_in_tiles(loss_of, requests, fixed, (*shared, jnp.float32(3)), most)
+
+    value, gradients = jax.value_and_grad(total, (0, 1))(requests, shared)
+    return value, *gradients
+
+
+def check_loss(got, arguments):
+    out, *gradients = in_float64(*arguments)
+    weights = np.cos(np.arange(out["all"].size)).reshape(out["all"].shape)
+    expected = ((out["all"] * weights).sum() + out["sum"].sum(), *gradients)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
 def check(got, arguments):
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(in_float64(*arguments)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
@@ -70,6 +96,16 @@ def check(got, arguments):
 def test_values_and_gradients_are_those_of_the_function(b, most):
     arguments = draw(b)
     check(jax.jit(functools.partial(both, most))(*arguments), arguments)
+    check_loss(jax.jit(functools.partial(both_with_loss, most))(*arguments), arguments)
+
+
+def test_a_loss_is_made_once_with_its_gradients():
+    text = str(jax.make_jaxpr(functools.partial(both_with_loss, 2))(*draw()))
+    assert text.count("tanh") == 1 and text.count("scan[") == 1
+    of_value = functools.partial(loss_in_tiles, lambda x, y, z: function(x, y, z)["sum"].sum())
+    requests, fixed, shared = draw()
+    value = jax.jit(of_value, static_argnums=3)(requests, fixed, shared, 2)
+    np.testing.assert_allclose(value, in_float64(*draw())[0]["sum"].sum(), rtol=1e-5)
 
 
 def test_gradients_of_rounded_weights_are_summed_in_float32():
@@ -101,6 +137,21 @@ def test_on_a_mesh_only_gradients_of_what_is_shared_are_sent_once(data, table):
     assert bool(sent["all-reduce"][1]) == (data > 1)
 
 
+@pytest.mark.parametrize("data, table", [(4, 2), (1, 8)])
+def test_on_a_mesh_a_loss_and_gradients_of_what_is_shared_are_sent_once(data, table):
+    arguments = draw()
+    mesh = jax.make_mesh((data, table), ("data", "table"), (AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh), dispatch.scope("auto", ("data",)):
+        placed = tuple(
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(arguments, (P("data"), P("data"), P()), strict=True)
+        )
+        compiled = jax.jit(functools.partial(both_with_loss, 1)).lower(*placed).compile()
+        check_loss(compiled(*placed), arguments)
+    sent = hlo.traffic(compiled.as_text(), mesh.size)
+    assert sent.keys() <= {"all-reduce"} and sent["all-reduce"][0] <= 4
+
+
 def test_requests_that_xla_has_to_partition_stay_together():
     arguments = draw()
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
@@ -109,6 +160,7 @@ def test_requests_that_xla_has_to_partition_stay_together():
         text = str(jax.make_jaxpr(functools.partial(both, 1))(placed, *arguments[1:]))
         assert "scan" not in text
         check(jax.jit(functools.partial(both, 1))(placed, *arguments[1:]), arguments)
+        check_loss(jax.jit(functools.partial(both_with_loss, 1))(placed, *arguments[1:]), arguments)
 
 
 @settings(deadline=None, max_examples=40)  # every size compiles

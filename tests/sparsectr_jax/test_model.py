@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ctr_jax import losses
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.features import DataColumn, DataSpec
 from sparsectr_jax import model
@@ -171,6 +172,41 @@ def test_last_block_and_tiles_of_requests_equal_the_plain_form(default):
         np.testing.assert_allclose(got, default[3], rtol=1e-5, atol=1e-5)
 
 
+def test_a_loss_in_tiles_equals_that_of_the_logits(default):
+    module, variables, embedded, _ = default
+    tiles, _ = model.build(small(**SHORT_CUTS), data_spec())
+
+    def loss_of(logits, batch, denominator):
+        return losses.binary_cross_entropy(
+            logits, batch.label, batch.candidate_mask, denominator=denominator
+        )
+
+    def plain(variables, vectors, denominator):
+        logits, _ = module.apply(variables, embedded.replace(vectors=vectors), True)
+        return loss_of(logits, embedded.batch, denominator)
+
+    def in_tiles(variables, vectors, denominator):
+        found = tiles.apply(
+            variables, embedded.replace(vectors=vectors), True, loss_of, denominator
+        )
+        return found[0]
+
+    (value, grads), (expected, expected_grads) = (
+        jax.jit(jax.value_and_grad(f, (0, 1)), compiler_options=QUICK)(
+            variables, embedded.vectors, jnp.float32(7)
+        )
+        for f in (in_tiles, plain)
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(
+            x, y, rtol=1e-4, atol=2e-5 * max(np.abs(y).max(), 1)
+        ),
+        grads,
+        expected_grads,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("aggregate", ["mean_mlp", "mean"])
 def test_gradients_of_the_short_cuts_equal_the_plain_form(aggregate):
@@ -221,6 +257,7 @@ SWITCHES = {
         "use_local": False,
         "use_transition": False,
         "dropout": 0.3,
+        "rows_per_tile": 2,
     },
 }
 
