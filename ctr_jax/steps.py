@@ -242,7 +242,7 @@ def _gradients(experiment: Experiment) -> Callable:
             denominator=denominator,
         )
 
-    takes_loss = getattr(model, "takes_loss", False)  # it goes from a few requests to theirs
+    takes_loss = getattr(model, "takes_loss", False)  # a few requests at a time go to it and back
 
     def loss_fn(params, looked_up, model_state, embedded, denominator, rng):
         params, (vectors, rows) = precision.rounded((params, looked_up), config.dtype)

@@ -104,7 +104,7 @@ class SparseCTR(nn.Module):
     columns: tuple[Column, ...]
 
     takes_rows = True
-    takes_loss = True
+    takes_loss = True  # steps.train_step gives it the loss
 
     @nn.compact
     def __call__(
