@@ -169,7 +169,7 @@ def judged(
     records: list[dict], op: str, device: str, least_candidates: int = 1
 ) -> tuple[bool, str]:
     """Whether the kernel is to be the default of the device, for so many candidates, and why."""
-    compared_with, against = [], []
+    compared_with, against, why_not = [], [], NOT_MEASURED
     for record in [r for r in records if r["device"] == device]:
         for entry in record["entries"]:
             if entry["name"].split()[1:2] != [op] or entry["name"].startswith("blocks"):
@@ -178,6 +178,9 @@ def judged(
             rows = entry.get("rows", [])
             made = any(row["role"] == "kernel" and "ms" in row for row in rows)
             if entry["status"] == "left out" or any("left out" in row for row in rows[:2]):
+                continue
+            if has_changed(entry, record):
+                why_not = "not measured since it changed"
                 continue
             if entry["status"] == "failed" or (rows and not made):
                 against.append(f"does not run: {name}")
@@ -189,7 +192,7 @@ def judged(
                 compared_with.append((entry["ratios"]["xla"]["ratio"], entry["pass"], name))
     passes = {way for _, way, _ in compared_with}
     if not compared_with and not against:
-        return False, NOT_MEASURED
+        return False, why_not
     if against:
         return False, against[0]
     if passes != {"forward", "forward+backward"}:

@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels import dispatch, products
 
+LOG2_E = 1.4426950408889634
 LEAST = 16  # of every side of a product, for the matrix units
 
 
@@ -72,6 +73,19 @@ def log2(x: jax.Array) -> jax.Array:
 def sin(x: jax.Array) -> jax.Array:
     """As exp2, of -pi to pi; off by 2^-20.9."""
     return _assembly("sin.approx.ftz.f32 $0, $1;", x, otherwise=jnp.sin)
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    """Of float32, by the units that approximate powers and reciprocals; of itself off by 2^-21, and
+    by |x| 2^-24 where x < 0."""
+    instruction = "rcp.approx.ftz.f32 $0, $1;"
+    return _assembly(instruction, 1 + exp2(x * -LOG2_E), otherwise=lambda x: 1 / x)
+
+
+def barrier() -> None:
+    """What the program's threads stored before it, all of them load after it."""
+    if dispatch.platform() == "gpu":
+        plgpu.debug_barrier()
 
 
 def _assembly(instruction: str, *operands: jax.Array, otherwise: Callable) -> jax.Array:

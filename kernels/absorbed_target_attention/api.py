@@ -43,7 +43,7 @@ TILINGS = ("keys", "hidden")
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 TRAINED_BY = {"xla": row_tiles} | KERNELS
 # By device kind, as benchmarks/report.py judges measurements; XLA elsewhere (docs/kernels.md).
-PREFERRED: dict[str, tuple[str, ...]] = {"NVIDIA H200": ("pallas_gpu",)}
+PREFERRED: dict[str, tuple[str, ...]] = {}
 
 
 @flax.struct.dataclass

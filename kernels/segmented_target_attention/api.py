@@ -33,9 +33,9 @@ OP = "segmented_target_attention"
 ACTIVATIONS = ("sigmoid", "softmax")
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 # By device kind, as benchmarks/report.py judges measurements; XLA elsewhere (docs/kernels.md), and
-# for fewer candidates, where either way waits for the history's bytes.
-PREFERRED: dict[str, tuple[str, ...]] = {"NVIDIA H200": ("pallas_gpu",)}
-PREFERRED_FROM = 3  # candidates: where pallas_gpu's matrix form begins; measured at 128
+# for fewer candidates than PREFERRED_FROM, where either way waits for the history's bytes.
+PREFERRED: dict[str, tuple[str, ...]] = {}
+PREFERRED_FROM = 3  # where pallas_gpu's matrix form begins
 
 
 def segmented_target_attention(

@@ -1,14 +1,17 @@
 """The kernels for GPUs, through Pallas' Triton lowering; few candidates: pallas_gpu_few.py.
 
-A program holds a block of candidates and walks over segments, each in blocks of rows that never
-cross a segment's end; blocks are padded to powers of 2 (16 at least, for the matrix units) by
-masked loads, so nothing is padded in memory. The backward pass makes the gates anew, twice: once
-per block of rows for dk and dv, once per block of candidates for dq and dbias, of which each has
-several programs along the history where it would not fill a GPU: float32 sums that XLA adds up. No
-atomics: two runs give equal bits. A softmax takes blocks that hold a whole segment.
+Blocks of rows never cross a segment's end; they are padded to powers of 2 (16 at least, for the
+matrix units) by masked loads, so nothing is padded in memory. A softmax takes blocks that hold a
+whole segment.
+
+Forward, a program is a segment and a block of candidates. Backward it is some segments and all
+candidates, so that dz, by far the most of what is read, is read once and the gates are made anew
+once: dk and dv of a block of rows are summed on chip, and dq in the program's own part of a float32
+array in memory (16 KB at 128 candidates of 2 heads of 16, which a cache holds), summed by XLA. No
+atomics: two runs give equal bits.
 
 Axis letters: B requests, C candidates, c of a block, L history length, l rows of a block, S
-segments, H heads, Kq and Kv head widths.
+segments, H heads, Kq and Kv head widths, P programs of the backward pass along a history.
 """
 
 from __future__ import annotations
@@ -31,9 +34,9 @@ from kernels.segmented_target_attention.pallas_gpu_parts import (
     like,
     sizes_of,
 )
-from kernels.triton import dot, load, power, store
+from kernels.triton import barrier, dot, load, power, store
 
-PROGRAMS = 512  # at least, where a history can be split: a GPU has 100 to 150 multiprocessors
+PROGRAMS = 512  # backward, where a history can be split: a GPU has 132 multiprocessors, of about 4
 WARPS, STAGES = 2, 3  # of blocks of 32 candidates; with 4 and 2 of 64 it was slower in every trial
 MOST_SOFTMAX_ROWS = 128  # of a segment, which has to fit shared memory: an H200 has none for 256
 
@@ -44,16 +47,16 @@ class Shape(Sizes):
 
     block: int  # c
     rows: int  # l
-    per_split: int  # segments of a program for the gradients of candidates
+    per_program: int  # segments of a program of the backward pass
 
     @property
     def candidate_blocks(self) -> int:
         return -(-self.candidates // self.block)
 
     @property
-    def splits(self) -> int:
-        """Programs along a history for the gradients of candidates."""
-        return -(-self.segments // self.per_split)
+    def programs(self) -> int:
+        """P of the backward pass, along a history."""
+        return -(-self.segments // self.per_program)
 
     def of_key(self, h: Any) -> Any:
         return jnp.int32(0) if self.tied else h
@@ -139,100 +142,77 @@ def _of_logits(q, k, v, dz, bias, visible, shape: Shape):
     return gates, gradient_of_logits(gates, slope, dot(dz, v.T), 1, shape.softmax)
 
 
-def _rows_kernel(
+def _backward_kernel(
     q_ref,  # [B, C, H, Kq]
     k_ref,  # [B, L, H, Kq]
     v_ref,  # [B, L, H or 1, Kv]
     mask_ref,  # [B, L]
     bias_ref,  # [H]
     dz_ref,  # [B, C, S, H, Kv]
+    dq_ref,  # [B, P, C, H, Kq]
+    dbias_ref,  # [B, P, H]
     dk_ref,  # [B, L, H, Kq]; [B, L, 1, Kq] of keys that are the values, and no dv_ref
     dv_ref=None,  # [B, L, H or 1, Kv]
     *,
     shape: Shape,
 ):
-    """One block of rows, the heads that share its values, all candidates."""
-    s, part = pl.program_id(0) // shape.parts, pl.program_id(0) % shape.parts
-    of_value, b = pl.program_id(1), pl.program_id(2)
-    v = load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
-    visible = _visible(mask_ref, b, s, part, shape)
-    dv = jnp.zeros(v.shape, jnp.float32)
-    for offset in range(shape.sharing):
-        h = of_value * shape.sharing + offset
-        k = load(_rows(k_ref, b, s, part, shape.of_key(h), shape, shape.key_width))
-        bias = bias_ref[h]
+    """The rows of `per_program` segments, the heads that share their values, all candidates."""
+    p, of_value, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    first = p * shape.per_program * shape.parts
+    last = jnp.minimum(first + shape.per_program * shape.parts, shape.segments * shape.parts)
 
-        def of_block(i, sums, k=k, h=h, bias=bias):
-            dk, dv = sums
-            q = load(_candidates(q_ref, b, i, (h,), shape, shape.key_width))
-            dz = load(_candidates(dz_ref, b, i, (s, h), shape, shape.value_width))
-            gates, of_logits = _of_logits(q, k, v, dz, bias, visible, shape)
-            of_logits = (of_logits * shape.scale).astype(q.dtype)
-            return dk + dot(of_logits.T, q), dv + dot(gates.astype(dz.dtype).T, dz)
-
-        start = (jnp.zeros(k.shape, jnp.float32), dv)
-        dk, dv = jax.lax.fori_loop(0, shape.candidate_blocks, of_block, start)
-        if shape.tied:
-            dv += dk
-        else:
-            store(_rows(dk_ref, b, s, part, h, shape, shape.key_width), dk)
-    of_values = dk_ref if shape.tied else dv_ref
-    store(_rows(of_values, b, s, part, of_value, shape, shape.value_width), dv)
-
-
-def _candidates_kernel(
-    q_ref,  # [B, C, H, Kq]
-    k_ref,  # [B, L, H, Kq]
-    v_ref,  # [B, L, H or 1, Kv]
-    mask_ref,  # [B, L]
-    bias_ref,  # [H]
-    dz_ref,  # [B, C, S, H, Kv]
-    dq_ref,  # [B, splits, C, H, Kq]
-    dbias_ref,  # [B, splits, C, H]
-    *,
-    shape: Shape,
-):
-    """One block of candidates, one head, the rows of `per_split` segments."""
-    i, split = pl.program_id(0) // shape.splits, pl.program_id(0) % shape.splits
-    h, b = pl.program_id(1), pl.program_id(2)
-    of_value = h if shape.value_heads > 1 else jnp.int32(0)
-    q, bias = load(_candidates(q_ref, b, i, (h,), shape, shape.key_width)), bias_ref[h]
-
-    def of_segment(s, sums):
-        dz = load(_candidates(dz_ref, b, i, (s, h), shape, shape.value_width))
-
-        def of_part(part, sums):
-            dq, dbias = sums
+    def of_rows(n, dbiases):
+        barrier()  # dq of a block was stored by threads that need not be those that load it
+        s, part = n // shape.parts, n % shape.parts
+        v = load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
+        visible = _visible(mask_ref, b, s, part, shape)
+        dv = jnp.zeros(v.shape, jnp.float32)
+        sums = []
+        for offset, dbias in enumerate(dbiases):
+            h = of_value * shape.sharing + offset
             k = load(_rows(k_ref, b, s, part, shape.of_key(h), shape, shape.key_width))
-            v = load(_rows(v_ref, b, s, part, of_value, shape, shape.value_width))
-            visible = _visible(mask_ref, b, s, part, shape)
-            _, of_logits = _of_logits(q, k, v, dz, bias, visible, shape)
-            dbias += jnp.sum(of_logits, axis=1)
-            of_logits = (of_logits * shape.scale).astype(k.dtype)
-            return dq + dot(of_logits, k), dbias
+            bias = bias_ref[h]
 
-        return jax.lax.fori_loop(0, shape.parts, of_part, sums)
+            def of_block(i, sums, k=k, h=h, bias=bias):
+                dk, dv, dbias = sums
+                q = load(_candidates(q_ref, b, i, (h,), shape, shape.key_width))
+                dz = load(_candidates(dz_ref, b, i, (s, h), shape, shape.value_width))
+                row, c = i * shape.block, shape.candidates
+                at, exists = _block(dq_ref, (b, p), row, shape.block, c, (h,), shape.key_width)
+                dq = load((at, exists & (n > first)))  # early: it is not needed until the end
+                gates, of_logits = _of_logits(q, k, v, dz, bias, visible, shape)
+                dbias += jnp.sum(of_logits, 0)
+                of_logits = (of_logits * shape.scale).astype(q.dtype)
+                store((at, exists), dq + dot(of_logits, k))
+                dk += dot(of_logits.T, q)
+                return dk, dv + dot(gates.astype(dz.dtype).T, dz), dbias
 
-    start = (jnp.zeros(q.shape, jnp.float32), jnp.zeros((shape.block,), jnp.float32))
-    first = split * shape.per_split
-    last = jnp.minimum(first + shape.per_split, shape.segments)
-    dq, dbias = jax.lax.fori_loop(first, last, of_segment, start)
-    row, c = i * shape.block, shape.candidates
-    store(_block(dq_ref, (b, split), row, shape.block, c, (h,), shape.key_width), dq)
-    row += jnp.arange(shape.block)
-    plgpu.store(dbias_ref.at[b, split, row, h], dbias, mask=row < c)
+            start = (jnp.zeros(k.shape, jnp.float32), dv, jnp.zeros(k.shape[:1], jnp.float32))
+            dk, dv, rows = jax.lax.fori_loop(0, shape.candidate_blocks, of_block, start)
+            sums.append(dbias + jnp.sum(rows))
+            if shape.tied:
+                dv += dk
+            else:
+                store(_rows(dk_ref, b, s, part, h, shape, shape.key_width), dk)
+        of_values = dk_ref if shape.tied else dv_ref
+        store(_rows(of_values, b, s, part, of_value, shape, shape.value_width), dv)
+        return tuple(sums)
+
+    dbiases = jax.lax.fori_loop(first, last, of_rows, (jnp.float32(0),) * shape.sharing)
+    for offset, dbias in enumerate(dbiases):
+        dbias_ref[b, p, of_value * shape.sharing + offset] = dbias
 
 
 def _shape(static: Static, q, k, v) -> Shape:
     sizes, blocks = sizes_of(static, q, k, v), static.blocks
     segment, candidates = static.segment, sizes["candidates"]
     block = min(power(candidates), power(blocks.candidates))
-    splits = -(-PROGRAMS // (len(q) * sizes["heads"] * -(-candidates // block)))
+    programs = -(-PROGRAMS // (len(q) * sizes["value_heads"]))
     return Shape(
         **sizes,
         block=block,
         rows=power(segment) if static.softmax else min(power(segment), power(blocks.rows)),
-        per_split=-(-sizes["segments"] // splits),
+        per_program=-(-sizes["segments"] // programs),
     )
 
 
@@ -262,28 +242,19 @@ def backward(static: Static, q, k, v, mask, bias, dz):
         return few.backward(static, q, k, v, mask, bias, dz)
     shape = _shape(static, q, k, v)
     arguments = (q, k, k if v is None else v, mask.astype(jnp.int8), bias, dz)
-    dk, *dv = call(
-        _rows_kernel,
+    partial = (len(q), shape.programs, *q.shape[1:])
+    dq, dbias, dk, *dv = call(
+        _backward_kernel,
         shape,
-        (shape.segments * shape.parts, shape.value_heads, len(q)),
-        like(k, v),
-        static,
-        "backward_rows",
-        WARPS,
-        STAGES,
-    )(*arguments)
-    partial = (len(q), shape.splits, *q.shape[1:])
-    dq, dbias = call(
-        _candidates_kernel,
-        shape,
-        (shape.splits * shape.candidate_blocks, shape.heads, len(q)),
+        (shape.programs, shape.value_heads, len(q)),
         [
             jax.ShapeDtypeStruct(partial, jnp.float32),
-            jax.ShapeDtypeStruct(partial[:-1], jnp.float32),
+            jax.ShapeDtypeStruct((len(q), shape.programs, shape.heads), jnp.float32),
+            *like(k, v),
         ],
         static,
-        "backward_candidates",
+        "backward",
         WARPS,
         STAGES,
     )(*arguments)
-    return dq.sum(1).astype(q.dtype), dk, dv[0] if dv else None, dbias.sum((0, 1, 2))
+    return dq.sum(1).astype(q.dtype), dk, dv[0] if dv else None, dbias.sum((0, 1))

@@ -61,13 +61,13 @@ def gates_of(logits, visible, axis: int, softmax: bool):
     """Gates of logits, which a softmax takes along `axis`, and their derivative over them: what the
     gradient of a gate is multiplied with, beside the gate, to be that of its logit."""
     if not softmax:
-        sigmoid = jax.nn.sigmoid(logits)
+        sigmoid = triton.sigmoid(logits)
         return jnp.where(visible, sigmoid, 0.0), 1 - sigmoid
-    logits = jnp.where(visible, logits, HIDDEN)
+    logits = jnp.where(visible, logits * triton.LOG2_E, HIDDEN)
     peak = jnp.expand_dims(jnp.max(logits, axis), axis)
-    weights = jnp.where(visible, jnp.exp(logits - peak), 0.0)
+    weights = jnp.where(visible, triton.exp2(logits - peak), 0.0)
     total = jnp.sum(weights, axis)
-    return weights / jnp.expand_dims(jnp.where(total > 0, total, 1.0), axis), 1.0
+    return weights * jnp.expand_dims(1 / jnp.where(total > 0, total, 1.0), axis), 1.0
 
 
 def gradient_of_logits(gates, slope, of_gates, axis: int, softmax: bool) -> jax.Array:

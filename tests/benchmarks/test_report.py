@@ -122,6 +122,9 @@ def test_other_devices_failures_and_half_measurements_keep_xla(record):
     few["entries"][4]["ratios"]["xla"]["ratio"] = 0.5
     assert not report.judged([few], evo, "NVIDIA H200")[0]
     assert report.judged([few], evo, "NVIDIA H200", 2) == (False, "measured forward only")
+    of_old_kernels = record | {"changed": {evo: "rewritten"}}
+    why = "not measured since it changed"
+    assert report.judged([of_old_kernels], evo, "NVIDIA H200") == (False, why)
     half = copy.deepcopy(record)
     del half["entries"][4]
     assert report.judged([half], evo, "NVIDIA H200") == (False, "measured forward only")

@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import ahead_of_time
-from kernels.segmented_target_attention import pallas_gpu, segmented_target_attention, shapes
+from kernels.segmented_target_attention import (
+    api,
+    pallas_gpu,
+    segmented_target_attention,
+    shapes,
+)
 from kernels.segmented_target_attention.blocks import Blocks, Static, tiling
 from tests.kernels.cases import (
     CHECKED,
@@ -22,6 +27,7 @@ from tests.kernels.cases import (
 )
 
 NAMES = ("z", "dq", "dk", "dv", "dbias")
+CUDA_KERNEL = "__gpu$xla.gpu.triton"
 
 
 class Case(NamedTuple):
@@ -204,16 +210,23 @@ def test_float16_on_a_gpu_is_rounded_and_no_more(name):
     check(CASES[name], arguments, run(CASES[name], arguments, **IMPLEMENTATIONS["pallas_gpu"]))
 
 
-@pytest.mark.parametrize("programs", [60, 120])
-def test_gradients_of_candidates_in_parts_of_a_history(programs, monkeypatch):
-    case = CASES["paper"]
+@pytest.mark.parametrize(
+    ("name", "programs", "parts"),
+    [
+        ("paper", 30, (5, 3)),  # 13 segments, 3 requests, 2 heads of values
+        ("paper", 60, (7, 2)),
+        ("segments_of_blocks", 3, (1, 2)),  # of two blocks of rows each, heads share their values
+        ("softmax_tied", 3, (1, 3)),
+    ],
+)
+def test_a_program_of_several_segments_sums_their_gradients(name, programs, parts, monkeypatch):
+    case = CASES[name]
     monkeypatch.setattr(pallas_gpu, "PROGRAMS", programs)
     arguments = draw(case)
     q, k, v, mask, bias, dz = arguments
     static = Static(case.segment, "sigmoid", case.key_width**-0.5, case.blocks, True)
     shape = pallas_gpu._shape(static, q, k, v)
-    # 2 blocks of candidates, 2 heads, 3 requests; 13 segments, of which the last part has fewer.
-    assert (shape.splits, shape.per_split) == {60: (5, 3), 120: (7, 2)}[programs]
+    assert (shape.programs, shape.per_program) == parts
     check(case, arguments, run(case, arguments, **IMPLEMENTATIONS["pallas_gpu"]))
 
 
@@ -369,31 +382,34 @@ def test_named_shapes_compile_for_tpu(name, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lowers_for_cuda(name, dtype):
     shape = shapes.SHAPES[name]
-    assert _cuda_kernels(shape, dtype) == {"forward": 1, "backward": 1 + (shape.candidates > 1)}
+    assert all(text.count(CUDA_KERNEL) == 1 for text in _cuda_texts(shape, dtype).values())
 
 
 @pytest.mark.parametrize(
     ("candidates", "kind", "kernels"),
     [(2, "NVIDIA H200", 0), (3, "NVIDIA H200", 1), (3, "a GPU of another kind", 0)],
 )
-def test_the_kernel_is_the_default_where_it_was_measured_to_be_faster(candidates, kind, kernels):
+def test_the_kernel_is_the_default_where_it_was_measured_to_be_faster(
+    candidates, kind, kernels, monkeypatch
+):
+    monkeypatch.setattr(api, "PREFERRED", {"NVIDIA H200": ("pallas_gpu",)})
     shape = shapes.SHAPES["paper_serving"]._replace(candidates=candidates)
     function, arguments = shapes.calls(shape, None)["forward"]
     text = ahead_of_time.cuda_text(function, *arguments, device_kind=kind)
-    assert text.count("__gpu$xla.gpu.triton") == kernels
+    assert text.count(CUDA_KERNEL) == kernels
 
 
-def _cuda_kernels(shape, dtype=jnp.float32):
+def _cuda_texts(shape, dtype=jnp.float32):
     calls = shapes.calls(shape, "pallas_gpu", dtype).items()
-    texts = {way: ahead_of_time.cuda_text(call, *arguments) for way, (call, arguments) in calls}
-    return {way: text.count("__gpu$xla.gpu.triton") for way, text in texts.items()}
+    return {way: ahead_of_time.cuda_text(call, *arguments) for way, (call, arguments) in calls}
 
 
 @pytest.mark.parametrize(
-    ("change", "kernels"),
-    [(dict(candidates=2), 1), (dict(candidates=3), 2), (dict(segment=100), 1),
-     (dict(segment=200), 2)],
+    ("change", "few"),
+    [(dict(candidates=2), True), (dict(candidates=3), False), (dict(segment=100), True),
+     (dict(segment=200), False)],
 )  # fmt: skip
-def test_few_candidates_have_one_kernel_backward_if_a_segment_fits(change, kernels):
+def test_few_candidates_have_kernels_of_their_own_if_a_segment_fits(change, few):
     shape = shapes.SHAPES["paper"]._replace(**change)
-    assert _cuda_kernels(shape)["backward"] == kernels
+    for way, text in _cuda_texts(shape).items():
+        assert (f"attention_few_{way}" in text) == few

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from kernels.triton import dot, exp2, fma, log2, sin
+from kernels.triton import dot, exp2, fma, log2, sigmoid, sin
 
 TF32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32
 GPU = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="cuda")
@@ -43,6 +43,7 @@ def test_float32_is_exact_elsewhere_and_narrow_numbers_are_as_they_are():
         (exp2, np.exp2, "ex2.approx.ftz.f32"),
         (log2, np.log2, "lg2.approx.ftz.f32"),
         (sin, np.sin, "sin.approx.ftz.f32"),
+        (sigmoid, lambda x: 1 / (1 + np.exp(-x)), "rcp.approx.ftz.f32"),
     ],
 )
 def test_an_instruction_on_a_gpu_is_the_function_elsewhere(function, wanted, instruction):
