@@ -4,7 +4,6 @@ python eval.py --config=configs/sparsectr_alibaba.py[:variant] [--workdir=DIR]
                [--step N | --watch] [--relative_to=OTHER_WORKDIR]
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,9 +14,7 @@ from ml_collections import config_flags
 from ctr_jax import command_line
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-CPU_DEVICES = flags.DEFINE_integer(
-    "cpu_devices", min(os.cpu_count() or 1, 8), "On a CPU: devices to split the batch over."
-)
+CPU_DEVICES = command_line.define_cpu_devices()
 WORKDIR = flags.DEFINE_string("workdir", None, "The training run (runs/<config name>).")
 STEP = flags.DEFINE_integer("step", None, "This checkpoint; default: the best measured one.")
 WATCH = flags.DEFINE_bool("watch", False, "Evaluate each checkpoint as it appears.")

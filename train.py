@@ -9,7 +9,6 @@ what the whole step needs on devices that need not be here. Any field can be ove
 --config.model.num_chunks=32. The same config and workdir resume by themselves.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -20,9 +19,7 @@ from ml_collections import config_flags
 from ctr_jax import command_line
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-CPU_DEVICES = flags.DEFINE_integer(
-    "cpu_devices", min(os.cpu_count() or 1, 8), "On a CPU: devices to split the batch over."
-)
+CPU_DEVICES = command_line.define_cpu_devices()
 DESCRIBE = flags.DEFINE_bool("describe", False, "Print what the model costs, and stop.")
 PLAN = flags.DEFINE_string(
     "plan", None, "Compile the train step for a TPU slice (v5e:4x4), cpu:8 or auto, and stop."
@@ -40,6 +37,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints, metrics, plots (run
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    if ROWS.value and not PLAN.value:
+        raise app.UsageError("--rows is for --plan")
     from ctr_jax import processes
     from ctr_jax.describe import describe
     from ctr_jax.planner import parse_rows, plan

@@ -146,8 +146,8 @@ def studies() -> dict[str, dict[str, dict]]:
         "lrea_table_3": _table_3("lrea_movielens.py"),
         "lrea_table_3_industrial": _table_3("lrea_industrial.py", **BEGINNING),
         "laser_lengths": {
-            f"L={n}": _row("laser_industrial.py:demo", history_length=n)
-            for n in (500, 1000, 2000, 4000)
+            f"L={n}": _row("laser_alibaba.py:long", history_length=n)
+            for n in (20, 100, 250, 500, 1000)
         },
     }
 

@@ -136,6 +136,8 @@ class Checkpoints:
         doomed = [step for step, delete in zip(steps, chosen, strict=True) if delete]
         for step in doomed:
             self._manager.delete(step)
+        if doomed:
+            logging.info("checkpoints: removed steps %s in %s", doomed, self.workdir)
         return doomed
 
     def restore(self, shapes: Mapping, identity: Mapping | None, step: int | None = None) -> dict:
@@ -174,8 +176,8 @@ class Checkpoints:
     def restore_newest(
         self, shapes: Mapping, identity: Mapping, *, anyway: bool = False
     ) -> dict | None:
-        """The newest state that can be read, or None where nothing was saved. A damaged step is
-        moved aside and the one before it taken.
+        """The newest state that can be read, or None where nothing was saved. Damaged steps are
+        moved aside once one before them is read; nothing is moved where none can be.
 
         Args:
           anyway: go on under another configuration, naming what differs in the log.
@@ -183,19 +185,17 @@ class Checkpoints:
           ConfigMismatch: the newest readable one is of another configuration.
           Damaged: none can be read.
         """
-        there = self.steps()
+        there, damaged = self.steps(), {}
         processes.barrier("listed")  # by all, before any is moved
         for step in reversed(there):
             try:
-                return self._restore_checked(shapes, identity, step, anyway)
+                state = self._restore_checked(shapes, identity, step, anyway)
             except manifests.Damaged as error:
-                aside = self._directory / f"{step}.damaged"
-                logging.error("%s. Moved to %s; trying the step before it", error, aside)
-                if processes.first():
-                    shutil.rmtree(aside, ignore_errors=True)
-                    (self._directory / str(step)).rename(aside)
-                processes.barrier("moved")
-                self._manager.reload()
+                logging.error("%s. Trying the step before it", error)
+                damaged[step] = error
+            else:
+                self._move_aside(damaged)
+                return state
         if there:
             raise manifests.Damaged(
                 f"none of the checkpoints {there} in {self._directory} can be read; to start "
@@ -203,14 +203,26 @@ class Checkpoints:
             )
         return None
 
+    def _move_aside(self, damaged: Mapping[int, manifests.Damaged]) -> None:
+        if not damaged:
+            return
+        for step, error in damaged.items():
+            aside = self._directory / f"{step}.damaged"
+            logging.error("%s. Moved to %s", error, aside)
+            if processes.first():
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._directory / str(step)).rename(aside)
+        processes.barrier("moved")
+        self._manager.reload()
+
     def _restore_checked(self, shapes, identity, step: int, anyway: bool) -> dict:
         has_manifest = self.check(step)
         try:
             if anyway:
                 _log_differences(self.identity(step), identity)
             return self.restore(shapes, None if anyway else identity, step)
-        except ConfigMismatch:
-            raise
+        except (ConfigMismatch, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # nothing that a checkpoint is to blame for
         except Exception as error:
             if has_manifest:  # the files are what was saved: they do not fit this model
                 raise
@@ -242,7 +254,13 @@ class Checkpoints:
     def metrics(self, step: int) -> dict:
         """What metrics/<step>.json holds; {} where nothing was measured yet."""
         path = self.metrics_path(step)
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            logging.warning("%s cannot be read (%s): step %d is not measured", path, error, step)
+            return {}
 
     def best(self, metric: str) -> int | None:
         """The finished step with the best `metric`, or None where none is measured."""
@@ -335,8 +353,3 @@ def _flatten(tree: Mapping, prefix: str = "") -> dict:
         else:
             flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
     return flat
-
-
-def log_kept(workdir: Path, deleted: list[int]) -> None:
-    if deleted:
-        logging.info("checkpoints: removed steps %s in %s", deleted, workdir)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 
 from absl import app, flags
 from ml_collections import ConfigDict
+
+
+def define_cpu_devices() -> flags.FlagHolder:
+    """--cpu_devices, by default as many as divide the powers of 2 that batches are of."""
+    devices = 1 << (min(os.cpu_count() or 1, 8).bit_length() - 1)
+    text = "On a CPU: devices to split the batch over."
+    return flags.DEFINE_integer("cpu_devices", devices, text, lower_bound=1)
 
 
 def run(main) -> None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+
 from ml_collections import ConfigDict
 
 # What a run *is*: a checkpoint made under other values of these is refused on resume. Everything
 # else (durations, logging, paths, mesh) may change between one start and the next.
 IDENTITY = ("seed", "history_length", "batch_size", "dtype", "model", "loss",
             "optimizer", "table_optimizer", "clip_norm")  # fmt: skip
+
+# Of it, what the scores of a checkpoint depend on: evaluation refuses other values of these.
+SCORING = ("data", "history_length", "dtype", "model")
+DTYPES = ("float32", "bfloat16")
+MEASURES = ("auc", "gauc_user", "logloss", "normalised_entropy", "calibration", "count")
 
 # For config.table_optimizer. Adagrad that starts from nothing: beside the usual .1 the gradients of
 # single rows are so small that tables hardly move (docs/laser.md). It decays by itself.
@@ -66,6 +75,8 @@ def base_config() -> ConfigDict:
     # Durations; the units not used stay None.
     for name in ("total", "log", "checkpoint"):
         for unit in ("steps", "epochs", "examples", "percent"):
+            if (name, unit) == ("total", "percent"):
+                continue
             config[f"{name}_{unit}"] = config_field(int if unit == "steps" else float)
     config.total_epochs = 1.0
     config.log_steps = 50
@@ -90,9 +101,67 @@ def config_field(kind: type):
     return config_dict.placeholder(kind)
 
 
+def scoring(identity: Mapping) -> dict:
+    """What of a run's identity its scores depend on."""
+    return {name: identity.get(name) for name in SCORING}
+
+
 def identity(config: ConfigDict, content_hash: str) -> dict:
     """What must be equal for a checkpoint of one run to be resumed by another."""
     fields = config.to_dict()
     # Where they are off, as if there were no such field: runs from before it can be resumed.
     names = (*IDENTITY, "length_buckets") if config.length_buckets else IDENTITY
     return {"data": content_hash, **{name: fields[name] for name in names}}
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses a page that cannot mean what it says, before anything is read or compiled.
+
+    Raises:
+      ConfigError: a field is unknown or missing, or its value cannot be.
+    """
+    try:
+        module = importlib.import_module(config.model.module)
+    except ImportError as error:
+        raise ConfigError(f"config.model.module {config.model.module!r}: {error}") from error
+    base = base_config()
+    groups = {name: base[name] for name in ("optimizer", "table_optimizer", "mesh", "loss")}
+    for name, known in (*groups.items(), ("model", module.default_config()), ("", base)):
+        refuse_unknown(name, config[name] if name else config, known)
+    for name, least in (
+        ("batch_size", 1), ("eval_batch_size", 1), ("keep_last", 1), ("history_length", 0),
+        ("micro_batch", 0), ("profile_steps", 0),
+    ):  # fmt: skip
+        if config[name] < least:
+            raise ConfigError(f"{name} is {config[name]}; it must be {least} or more")
+    if config.length_buckets:
+        check_buckets(config.length_buckets, config.history_length)
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"dtype {config.dtype!r}: choose one of {', '.join(DTYPES)}")
+    split, _, measure = config.best_metric.removeprefix("-").partition("/")
+    if split not in ("valid", "test") or measure not in MEASURES:
+        raise ConfigError(
+            f"best_metric {config.best_metric!r}: give valid/ or test/ and one of "
+            f"{', '.join(MEASURES)}, after a '-' for the least"
+        )
+
+
+def check_buckets(length_buckets: Sequence[int], history_length: int) -> None:
+    """Raises ConfigError unless the lengths ascend from 1 on and end with history_length."""
+    edges = list(length_buckets)
+    if edges[0] < 1 or edges[-1] != history_length or sorted(set(edges)) != edges:
+        raise ConfigError(
+            f"length_buckets {tuple(edges)}: give ascending lengths from 1 on, the last of them "
+            f"history_length = {history_length}"
+        )
+
+
+def refuse_unknown(name: str, given: ConfigDict, known: ConfigDict) -> None:
+    """Raises ConfigError at the first field of the group `name` that is not known, or not there."""
+    where = f"config.{name}" if name else "config"
+    for field in sorted(set(given) - set(known)):
+        near = difflib.get_close_matches(field, list(known), n=2, cutoff=0.7)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"{where} has no field {field!r}{hint}")
+    for field in sorted(set(known) - set(given)):
+        raise ConfigError(f"{where} lacks the field {field!r}; start from the defaults")

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ctr_jax import embedding, flops, precision, sharding, steps
 from ctr_jax.batch import EmbeddedBatch
+from ctr_jax.config import check
 from ctr_jax.data import open_data
 from ctr_jax.features import DataSpec
 from kernels import dispatch
@@ -19,6 +20,7 @@ def describe(config: ConfigDict) -> str:
     """The account of `config`'s model on its data set, as text; the data set is prepared if need
     be. Operations and bytes are of the model behind the embeddings: looking rows up multiplies
     nothing."""
+    check(config)
     mesh = sharding.make_mesh(data=1, table=1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         experiment = steps.bind(config, open_data(config).spec, mesh, total_steps=1)
@@ -83,8 +85,10 @@ def activation_bytes(experiment: steps.Experiment) -> tuple[int, int]:
     variables = _variables(experiment)
 
     def forward(variables, embedded):
+        params, vectors = precision.rounded((variables["params"], embedded.vectors), config.dtype)
         with dispatch.scope(config.kernels):
-            return model.apply(variables, embedded, False)[0]
+            variables = {**variables, "params": params}
+            return model.apply(variables, embedded.replace(vectors=vectors), False)[0]
 
     evaluated = _embedded(experiment, config.eval_batch_size, candidates)
     gradient, arguments = training_pass(experiment, config.kernels)

@@ -277,9 +277,6 @@ def embed(
 ) -> EmbeddedBatch:
     """The vectors of every column: exactly zero at padding, differentiable in `rows`.
 
-    For gradient accumulation, plan and gather once for the whole batch, then embed parts of it with
-    `plan_part`; gradients with respect to `rows` add up, for one update.
-
     Args:
       rows: from `gather_rows` with the same plan.
       columns: as given to `lookup_ids`, or a part of them.
@@ -308,19 +305,6 @@ def embed(
         if read:
             vectors |= _expand(rows[table], read, part)
     return EmbeddedBatch(batch, vectors, kept, slots)
-
-
-def plan_part(plan: Plan, index: int | jax.Array, parts: int) -> Plan:
-    """The plan for requests index, index + parts, ...: micro-batch `index` of `parts`.
-
-    Strided, so that a batch split over devices is divided on each of them. Take the batch apart in
-    the same way: `x.reshape(B // parts, parts, ...)[:, index]` of every leaf.
-    """
-
-    def take(slots):
-        return slots.reshape(slots.shape[0] // parts, parts, *slots.shape[1:])[:, index]
-
-    return {name: part.replace(slots=jax.tree.map(take, part.slots)) for name, part in plan.items()}
 
 
 def _expand(rows, slots, part):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ctr_jax import processes, reports, sharding, steps
 from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
-from ctr_jax.config import identity
+from ctr_jax.config import MEASURES, check, identity, scoring
 from ctr_jax.data import open_data, pipeline, synthetic
 from ctr_jax.data.records import PreparedData
 from ctr_jax.metrics import ScoreLog
@@ -31,10 +31,15 @@ def score_split(
     mesh: jax.sharding.Mesh,
     score_step: Callable,
     weights: dict,
+    slices: Sequence[str] = (),
 ) -> ScoreLog:
-    """Scores every request of a split, in stored order; rows that fill a batch count nowhere."""
+    """Scores every request of a split, in stored order; rows that fill a batch count nowhere.
+
+    Args:
+      slices: columns that are kept with the scores, of metrics.ScoreLog.
+    """
     requests = data.split(split)
-    scores = ScoreLog(slices=config.slices)
+    scores = ScoreLog(slices)
     read = dict(
         batch_size=config.eval_batch_size,
         history_length=config.history_length,
@@ -84,10 +89,12 @@ def evaluate(
     Returns:
       {split: metrics} of the last step evaluated; also in evaluation/<split>/results.json.
     Raises:
-      FileNotFoundError: there is no such checkpoint.
+      FileNotFoundError: there is no such checkpoint, or no results in `relative_to`.
       Damaged: its files are not what was saved.
       ConfigMismatch: the checkpoint was made with another model or data set.
+      ConfigError: the page cannot mean what it says, or `relative_to` holds results of other rows.
     """
+    check(config)
     data = open_data(config)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
@@ -100,16 +107,28 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> 
     score_step, shapes = steps.score_step(experiment), steps.state_shapes(experiment)
     shapes = {k: shapes[k] for k in ("tables", "model", "model_state", "step")}
 
-    results: dict = {}
+    whoami, results = identity(config, data.spec.content_hash), {}
+    baselines = {split: None for split in splits}
+    if relative_to:  # looked at before anything is scored
+        baselines = {split: Path(relative_to) / "evaluation" / split for split in splits}
+        for split, path in baselines.items():
+            about = {"data_hash": data.spec.content_hash, "split": split}
+            reports.refuse_other_rows(about, reports.read_results(path), about)
     checkpoints = Checkpoints(workdir, read_only=True)
     for at in _new_steps(checkpoints) if watch else [_chosen(checkpoints, step, config)]:
         with _marked(checkpoints, at):
+            if watch and at not in checkpoints.steps():  # deleted before the marker was there
+                logging.info("step %d: gone, as newer ones are there; not evaluated", at)
+                continue
             checkpoints.check(at)
             saved = checkpoints.identity(at)
-            refuse_mismatch(saved, identity(config, data.spec.content_hash), workdir)
+            refuse_mismatch(scoring(saved), scoring(whoami), workdir)
             weights = checkpoints.restore(shapes, identity=None, step=at)
             weights.pop("step")
-            logs = {s: score_split(config, data, s, mesh, score_step, weights) for s in splits}
+            logs = {
+                split: score_split(config, data, split, mesh, score_step, weights, config.slices)
+                for split in splits
+            }
         results = {split: reports.evaluate_scores(log) for split, log in logs.items()}
         measured = {split: headline(result) for split, result in results.items()}
         write_json(checkpoints.metrics_path(at), {**checkpoints.metrics(at), **measured})
@@ -121,7 +140,7 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> 
             reports.write_report(
                 directory,
                 result,
-                baseline=relative_to and Path(relative_to) / "evaluation" / split,
+                baseline=baselines[split],
                 split=split,
                 **about,
             )
@@ -132,8 +151,7 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> 
 
 def headline(result: dict) -> dict[str, float]:
     """The scalars of one split that choose a checkpoint and go into logs."""
-    names = ("auc", "gauc_user", "logloss", "normalised_entropy", "calibration", "count")
-    return {name: result[name] for name in names if result.get(name) is not None}
+    return {name: result[name] for name in MEASURES if result.get(name) is not None}
 
 
 def oracle_auc(config: ConfigDict, split: str) -> float | None:
@@ -162,13 +180,14 @@ def _new_steps(checkpoints: Checkpoints) -> Iterator[int]:
     seen: set[int] = set()
     while True:
         done = (checkpoints.workdir / "train_done.json").exists()
+        # The oldest of those that are there now: while one is read, others come and go.
         fresh = [s for s in checkpoints.steps() if s not in seen]
-        for at in fresh:
-            seen.add(at)
-            yield at
-        if done and not fresh:
+        if fresh:
+            seen.add(fresh[0])
+            yield fresh[0]
+        elif done:
             return
-        if not fresh:
+        else:
             time.sleep(POLL_SECONDS)
 
 

@@ -245,13 +245,6 @@ def sigmoid(logits: Any) -> np.ndarray:
     return np.where(x >= 0, 1.0, e) / (1 + e)
 
 
-def logit(probabilities: Any) -> np.ndarray:
-    """Logits [N] float64 of probabilities, clipped to [eps, 1 - eps] so as to be finite."""
-    eps = np.finfo(np.float64).eps
-    p = np.clip(np.asarray(probabilities, np.float64), eps, 1 - eps)
-    return np.log(p) - np.log1p(-p)
-
-
 def reliability_bins(
     labels: Any, logits: Any, weights: Any = None, bins: int = 20
 ) -> list[dict[str, float]]:

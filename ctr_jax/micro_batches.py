@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ctr_jax.config import ConfigError
 from ctr_jax.sharding import DATA
 
 
@@ -17,13 +18,13 @@ def parts_of(batch_size: int, micro_batch: int, shards: int) -> int:
     """The number of parts when each takes `micro_batch` requests per data shard; 0 = one part.
 
     Raises:
-      ValueError: the shards' shares do not divide into such parts.
+      ConfigError: the shards' shares do not divide into such parts.
     """
     if not micro_batch:
         return 1
     parts, rest = divmod(batch_size, micro_batch * shards)
     if rest:
-        raise ValueError(
+        raise ConfigError(
             f"batch size {batch_size} does not divide into micro-batches of {micro_batch} requests "
             f"on each of {shards} data shards"
         )

@@ -21,12 +21,13 @@ def resolve_steps(
     name: str, config: Mapping, *, batch_size: int, examples: int, total: int | None = None
 ) -> int:
     """The duration `name` in steps, from whichever of `<name>_steps | _epochs | _examples |
-    _percent` the config sets (exactly one; 0 and None are unset; percent is of `total` steps).
+    _percent` the config sets (exactly one; 0 and None are unset; percent is of `total` steps, where
+    there is that).
 
     Raises:
-      ConfigError: none or several are set.
+      ConfigError: none or several are set, or it is negative.
     """
-    units = ("steps", "epochs", "examples", "percent")
+    units = ("steps", "epochs", "examples", "percent")[: 3 if total is None else 4]
     given = {u: config[f"{name}_{u}"] for u in units if config.get(f"{name}_{u}")}
     if len(given) != 1:
         raise ConfigError(
@@ -34,19 +35,21 @@ def resolve_steps(
             f"{'set are ' + ', '.join(given) + '; unset one with 0' if given else 'none is set'}"
         )
     ((unit, value),) = given.items()
+    if value < 0:
+        raise ConfigError(f"{name}_{unit} is {value}; it must be positive")
     per_epoch = examples / batch_size
     steps = {
         "steps": lambda: value,
         "epochs": lambda: value * per_epoch,
         "examples": lambda: value / batch_size,
-        "percent": lambda: value / 100 * (total or 0),
+        "percent": lambda: value * total / 100,
     }[unit]()
     return max(1, int(-(-steps // 1)))
 
 
 def schedule(config: Mapping, total_steps: int) -> optax.Schedule:
-    """step -> learning rate: linear warm-up, then constant, cosine or linear decay to
-    `final_fraction` of the peak at the last step.
+    """step -> learning rate: linear warm-up, then constant, cosine or linear decay, which reaches
+    `final_fraction` of the peak where step = `total_steps`, one behind the last.
 
     config: learning_rate, schedule, warmup_steps, final_fraction.
     """

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from ctr_jax import flops, hlo, sharding, steps
+from ctr_jax.config import ConfigError, check
 from ctr_jax.data.expected import expected_spec
 from ctr_jax.describe import training_pass
 from ctr_jax.features import DataSpec
@@ -91,8 +92,10 @@ def plan(config: ConfigDict, target: str, rows: Mapping[str, int] | None = None)
       rows: {vocabulary: rows} in place of what the data set has.
     Raises:
       CannotPlan: no such target, or the batch does not divide over it.
+      ConfigError: the page cannot mean what it says.
       DataError: the sizes of vocabularies are not known.
     """
+    check(config)
     spec, source = expected_spec(config, rows or {})
     name, _, what = target.partition(":")
     if name != "auto":
@@ -133,7 +136,7 @@ def make_plan(config: ConfigDict, spec: DataSpec, target: str) -> Plan:
     with jax.set_mesh(mesh):
         try:
             experiment = steps.bind(config, spec, mesh, total_steps=1)
-        except ValueError as error:
+        except ConfigError as error:
             raise CannotPlan(f"--plan={target}: {error}") from error
         state = steps.state_shapes(experiment)
         batch = _batch_shapes(experiment)
@@ -171,7 +174,7 @@ def _mesh(config: ConfigDict, target: str) -> tuple[Mesh, int | None]:
     """The config's mesh over the devices of the target, and the memory of one of them."""
     kind, _, shape = target.partition(":")
     if kind == "cpu":
-        if not shape.isdigit() or int(shape) > len(jax.devices("cpu")):
+        if not shape.isdigit() or not 1 <= int(shape) <= len(jax.devices("cpu")):
             raise CannotPlan(f"--plan={target}: cpu:N with N at most {len(jax.devices('cpu'))}")
         return sharding.make_mesh(**config.mesh, devices=jax.devices("cpu")[: int(shape)]), None
     if kind not in HBM or not re.fullmatch(r"\d+(x\d+)+", shape):

@@ -13,9 +13,10 @@ import re
 import jax
 import jax.numpy as jnp
 
+from ctr_jax import config
 from ctr_jax.sharding import path_name
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {name: jnp.dtype(name) for name in config.DTYPES}
 # Parameters that are never rounded: slopes meet time differences, the last layer makes the logit.
 PRECISE = (r"(^|/)slopes$", r"(^|/)logit/")
 
@@ -24,10 +25,10 @@ def rounded(tree, dtype: str):
     """`tree` with its float32 leaves in `dtype`, a name in DTYPES; gradients come back in float32.
 
     Raises:
-      ValueError: no such dtype.
+      ConfigError: no such dtype.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        raise config.ConfigError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
 
     def leaf(path, x):
         precise = x.dtype != jnp.float32 or any(re.search(p, path_name(path)) for p in PRECISE)

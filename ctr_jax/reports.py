@@ -6,7 +6,6 @@ Plots and tables are made from the results alone, so they can be made again from
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from ctr_jax import metrics
+from ctr_jax.config import ConfigError
 from ctr_jax.metrics import GroupAUC, ScoreLog
+from ctr_jax.writers import write_json
 
 # GAUC by request, and by user within a slice, is n/a where two-class groups hold less than this
 # share of the impressions.
@@ -151,7 +152,7 @@ def _value_buckets(values: np.ndarray, max_values: int) -> tuple[np.ndarray, lis
 
 
 def write_results(path: Path | str, results: Mapping[str, Any], **about: Any) -> Path:
-    """Writes results.json whole or not at all (temporary file, fsync, rename).
+    """Writes results.json whole or not at all.
 
     Args:
       path: the file.
@@ -159,16 +160,8 @@ def write_results(path: Path | str, results: Mapping[str, Any], **about: Any) ->
     Raises:
       ValueError: a value is NaN or infinite.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**about, **results}, indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return path
+    write_json(Path(path), {**about, **results})
+    return Path(path)
 
 
 def read_results(run: Path | str) -> dict[str, Any]:
@@ -178,24 +171,35 @@ def read_results(run: Path | str) -> dict[str, Any]:
       FileNotFoundError: there is none; the message says where one was looked for.
     """
     path = Path(run)
-    path = path / "results.json" if path.is_dir() else path
+    path = path if path.suffix == ".json" else path / "results.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no results of the run {str(run)!r}: {path} is not there")
+        raise FileNotFoundError(
+            f"no results of the run {str(run)!r}: {path} is not there; eval.py writes it"
+        )
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def refuse_other_rows(
+    results: Mapping[str, Any],
+    baseline: Mapping[str, Any],
+    keys: Iterable[str] = ("data_hash", "split", "count", "positives"),
+) -> None:
+    """Raises ConfigError naming the first of `keys` that says the two saw other rows."""
+    for key in keys:
+        if results.get(key) != baseline.get(key):
+            raise ConfigError(
+                f"the runs cannot be compared: {key} is {results.get(key)!r} here and "
+                f"{baseline.get(key)!r} in the baseline"
+            )
 
 
 def compare(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
     """Differences to a baseline and RelaImpr (percent, AUC and GAUC by user) over it.
 
     Raises:
-      ValueError: split, data_hash, count or positives differ: the runs saw other rows.
+      ConfigError: split, data_hash, count or positives differ: the runs saw other rows.
     """
-    for key in ("data_hash", "split", "count", "positives"):
-        if results.get(key) != baseline.get(key):
-            raise ValueError(
-                f"the runs cannot be compared: {key} is {results.get(key)!r} here and "
-                f"{baseline.get(key)!r} in the baseline"
-            )
+    refuse_other_rows(results, baseline)
     found = {"baseline": baseline.get("run"), "baseline_step": baseline.get("step")}
     for key in ("auc", "gauc_user", "logloss"):
         a, b = results.get(key), baseline.get(key)
@@ -290,23 +294,6 @@ def summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for key, value in results.get("comparison", {}).items():
         rows.append({"metric": key.replace("_", " "), "value": value})
     return rows
-
-
-def slice_rows(results: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    """One row for each value of a sliced column, for `format_table`."""
-    keys = (
-        "count",
-        "positives",
-        "auc",
-        "gauc_user",
-        "gauc_user_coverage",
-        "logloss",
-        "calibration",
-    )
-    return [
-        {column: value, **{key: part[key] for key in keys if key in part}}
-        for value, part in results["slices"][column].items()
-    ]
 
 
 def _figure(results: Mapping[str, Any], title: str, **subplots: Any):

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from ctr_jax import sharding, steps
 from ctr_jax.batch import RequestBatch
 from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
-from ctr_jax.config import identity
+from ctr_jax.config import check, identity, scoring
 from ctr_jax.data import open_data
 from ctr_jax.features import DataSpec
 
@@ -37,6 +37,7 @@ def restore(
       FileNotFoundError: there is no checkpoint.
       ConfigMismatch: it was made with another model or data set.
     """
+    check(config)
     data, workdir = open_data(config), Path(workdir)
     mesh = sharding.make_mesh(data=1, table=1)
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -47,7 +48,8 @@ def restore(
         experiment = steps.bind(config, data.spec, mesh, 1)
         shapes = steps.state_shapes(experiment)
         shapes = {k: shapes[k] for k in ("tables", "model", "model_state", "step")}
-        refuse_mismatch(checkpoints.identity(at), identity(config, data.spec.content_hash), workdir)
+        whoami = identity(config, data.spec.content_hash)
+        refuse_mismatch(scoring(checkpoints.identity(at)), scoring(whoami), workdir)
         weights = checkpoints.restore(shapes, identity=None, step=at)
     weights.pop("step")
     return experiment, weights, at

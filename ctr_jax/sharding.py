@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ctr_jax.config import ConfigError
+
 DATA, TABLE = "data", "table"
 BATCH_AXES = (DATA,)  # what kernels are mapped over, too
 BATCH = PartitionSpec(BATCH_AXES)
@@ -29,13 +31,13 @@ def make_mesh(data: int = -1, table: int = 1, devices: Sequence[jax.Device] | No
     """A (data, table) mesh with Auto axes; data = -1 takes all devices that table leaves.
 
     Raises:
-      ValueError: the sizes do not divide the devices at hand.
+      ConfigError: there are not as many devices.
     """
     devices = list(devices if devices is not None else jax.devices())
     if data == -1:
         data = len(devices) // table
     if data < 1 or table < 1 or data * table > len(devices):
-        raise ValueError(
+        raise ConfigError(
             f"mesh data={data} x table={table} needs {max(data, 1) * table} devices, "
             f"there are {len(devices)}"
         )

@@ -45,7 +45,6 @@ class Experiment:
     columns: tuple[Column, ...]
     optimizer: optax.GradientTransformation
     table_optimizer: Any
-    total_steps: int
 
 
 def bind(config: ConfigDict, spec: DataSpec, mesh: Mesh, total_steps: int) -> Experiment:
@@ -59,11 +58,14 @@ def bind(config: ConfigDict, spec: DataSpec, mesh: Mesh, total_steps: int) -> Ex
       CannotRun: config.kernels names kernels that the devices do not have.
     """
     dispatch.check(config.kernels)
+    _check_slices(config, spec)
     for name in ("batch_size", "eval_batch_size"):
         if config[name] % mesh.shape[sharding.DATA]:
-            raise ConfigError(f"{name} {config[name]} does not divide over mesh {dict(mesh.shape)}")
-    module = importlib.import_module(config.model.module)
-    tables = config.table_optimizer
+            raise ConfigError(
+                f"{name} {config[name]} does not divide over mesh {dict(mesh.shape)}; set it, "
+                "config.mesh.data, or on a CPU --cpu_devices"
+            )
+    module, tables = importlib.import_module(config.model.module), config.table_optimizer
     try:
         model, columns = module.build(config.model, spec)
         table_optimizer = table_optimizers.table_optimizer(
@@ -78,7 +80,15 @@ def bind(config: ConfigDict, spec: DataSpec, mesh: Mesh, total_steps: int) -> Ex
         dense = optimizers.dense_optimizer(config.optimizer, total_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Experiment(config, spec, mesh, model, columns, dense, table_optimizer, total_steps)
+    return Experiment(config, spec, mesh, model, columns, dense, table_optimizer)
+
+
+def _check_slices(config: ConfigDict, spec: DataSpec) -> None:
+    """Raises ConfigError at a slice that the data set has no column for."""
+    known = [f"{g}/{c.name}" for g in ("candidate", "user", "context") for c in spec.group(g)]
+    for name in config.slices:
+        if name not in known:
+            raise ConfigError(f"slices has {name!r}; the columns are {', '.join(known)}")
 
 
 def empty_batch(spec: DataSpec, rows: int, history_length: int) -> RequestBatch:
@@ -257,6 +267,8 @@ def _gradients(experiment: Experiment) -> Callable:
                 **arguments,
             )
         logloss = found if takes_loss else loss_of(found, embedded.batch, denominator)
+        if unknown := set(config.loss.weights) - set(out["losses"]):
+            raise ConfigError(f"config.loss.weights: the model has no loss {sorted(unknown)}")
         extra = sum(weight * out["losses"][name] for name, weight in config.loss.weights.items())
         return logloss + extra / parts, (logloss, model_state)
 
@@ -272,7 +284,7 @@ def _gradients(experiment: Experiment) -> Callable:
             )
             return (loss, logloss, model_state), grads
         if "batch_stats" in model_state:
-            raise ValueError("batch statistics span the whole batch: set config.micro_batch = 0")
+            raise ConfigError("batch statistics span the whole batch: set config.micro_batch = 0")
 
         def part(totals, xs):
             embedded, number = xs

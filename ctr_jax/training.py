@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from ctr_jax import evaluation, processes, reports, sharding, steps
 from ctr_jax.batch import RequestBatch
-from ctr_jax.checkpoints import Checkpoints, log_kept
-from ctr_jax.config import identity
+from ctr_jax.checkpoints import Checkpoints
+from ctr_jax.config import check, identity
 from ctr_jax.data import open_data, pipeline
 from ctr_jax.data.records import PreparedData, Requests
 from ctr_jax.optimizers import resolve_steps
@@ -25,7 +25,8 @@ from ctr_jax.writers import MetricWriter, Progress, write_json
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and requests of its batch."""
+    """The loss, or the norm of gradients or parameters, became NaN or infinite; the message names
+    the step and requests of its batch."""
 
 
 def train(config: ConfigDict, workdir: str | Path, *, resume_anyway: bool = False) -> dict:
@@ -38,11 +39,13 @@ def train(config: ConfigDict, workdir: str | Path, *, resume_anyway: bool = Fals
     Returns:
       {"step", "seconds", "examples_per_second", "valid": metrics of the last checkpoint}.
     Raises:
+      ConfigError: the page cannot mean what it says.
       ConfigMismatch: the workdir's checkpoints belong to another model, data set or optimizer.
       Damaged: it holds checkpoints and none can be read.
       SaveFailed: a checkpoint could not be written; the message names the last good one.
       NonFiniteLoss: the loss is not a number; the last good checkpoint stays.
     """
+    check(config)
     data = open_data(config)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
@@ -90,22 +93,35 @@ def _train(
     )
     writer = MetricWriter(workdir, start, active=processes.first())
     progress = Progress(total, start, config.name or "train")
-    window = _Window(config, requests)
+    window, profile = _Window(config, requests), _Profile(workdir, config.profile_steps)
+    due = lambda step: step % checkpoint_every == 0 or step == total  # noqa: E731
     valid, began = checkpoints.metrics(start).get("valid", {}), time.perf_counter()
     stopped, step = False, start
+
+    def measure(step: int, state: dict) -> dict:
+        found = _validate(config, data, mesh, score_step, state)
+        writer.write(step, _scalars("valid", found))
+        if processes.first():
+            write_json(checkpoints.metrics_path(step), {"valid": found})
+        progress.report(step, _one_line(_scalars("valid", found)))
+        return found
+
     with Preemption() as preemption, contextlib.ExitStack() as closing:
-        for resource in (checkpoints, writer, progress):
+        for resource in (checkpoints, writer, progress, profile):
             closing.callback(resource.close)
+        is_measured = processes.from_first(np.array(bool(valid)))
+        if config.validate and start and due(start) and not is_measured:
+            valid = measure(start, state)  # the start before this one ended too early for it
         while step < total and not stopped:
             step += 1
-            with _Profile(workdir, step - start, config.profile_steps):
-                batch = window.next_batch(batches)
-                state, scalars = train_step(state, sharding.put_batch(batch, mesh))
-                window.add(step, scalars)
+            profile.before(step - start)
+            batch = window.next_batch(batches)
+            state, scalars = train_step(state, sharding.put_batch(batch, mesh))
+            window.add(step, scalars)
             progress.advance()
 
             stopped = preemption.asked(step) and step < total
-            save = step % checkpoint_every == 0 or step == total or stopped
+            save = due(step) or stopped
             if save or step % log_every == 0:  # a state that a non-finite loss touched is not saved
                 measured = window.flush()
                 writer.write(step, measured)
@@ -114,12 +130,8 @@ def _train(
             if save:
                 checkpoints.save(state, whoami)
                 if config.validate and not stopped:
-                    valid = _validate(config, data, mesh, score_step, state)
-                    if processes.first():
-                        write_json(checkpoints.metrics_path(step), {"valid": valid})
-                    writer.write(step, _scalars("valid", valid))
-                    progress.report(step, _one_line(_scalars("valid", valid)))
-                log_kept(workdir, checkpoints.prune())
+                    valid = measure(step, state)
+                checkpoints.prune()
                 window.restart_clock()
 
     seconds = time.perf_counter() - began
@@ -176,13 +188,14 @@ class _Window:
         """Means over the window, examples per second, and the share of time spent on input.
 
         Raises:
-          NonFiniteLoss: at the first step whose loss is not finite.
+          NonFiniteLoss: at the first step with a scalar that is not finite.
         """
         fetched = [(step, jax.device_get(scalars)) for step, scalars in self._pending]
         elapsed = time.perf_counter() - self._began
         for step, scalars in fetched:
-            if not np.isfinite(scalars["loss"]):
-                self._raise_non_finite(step, scalars["loss"])
+            for name, value in scalars.items():
+                if not np.isfinite(value):
+                    self._raise_non_finite(step, name, value)
         means = {k: float(np.mean([s[k] for _, s in fetched])) for k in fetched[0][1]}
         if self._timed:
             means["examples_per_second"] = self._timed * self._config.batch_size / elapsed
@@ -193,7 +206,7 @@ class _Window:
         self.restart_clock()
         return means
 
-    def _raise_non_finite(self, step: int, loss: float) -> None:
+    def _raise_non_finite(self, step: int, name: str, value: float) -> None:
         again = pipeline.train_batches(
             self._requests,
             batch_size=self._config.batch_size,
@@ -205,7 +218,7 @@ class _Window:
         )
         ids = next(again).request_id
         raise NonFiniteLoss(
-            f"loss is {loss} at step {step}; its batch holds requests {ids[:8].tolist()} and "
+            f"{name} is {value} at step {step}; its batch holds requests {ids[:8].tolist()} and "
             f"{max(0, len(ids) - 8)} more. Lower the learning rate or set config.clip_norm; the "
             f"last checkpoint before it is intact"
         )
@@ -217,24 +230,29 @@ class _Window:
 
 
 class _Profile:
-    """Traces steps 10 .. 10 + n of this start into <workdir>/profile."""
+    """Traces steps 10 .. 9 + n of this start into <workdir>/profile, as far as there are such."""
 
-    def __init__(self, workdir: Path, nth: int, steps_traced: int):
-        self._dir, self._nth, self._n = workdir / "profile", nth, steps_traced
+    def __init__(self, workdir: Path, steps_traced: int):
+        self._dir, self._n, self._traces = workdir / "profile", steps_traced, False
 
-    def __enter__(self):
-        if self._n and self._nth == 10:
+    def before(self, nth: int) -> None:
+        """The nth step of this start is about to run."""
+        if self._n and nth == 10:
             jax.profiler.start_trace(str(self._dir))
+            self._traces = True
+        elif nth == 10 + self._n:
+            self.close()
 
-    def __exit__(self, *_):
-        if self._n and self._nth == 10 + self._n - 1:
+    def close(self) -> None:
+        if self._traces:
             jax.profiler.stop_trace()
-            logging.info("profile of %d steps in %s", self._n, self._dir)
+            logging.info("profile of %d steps or fewer in %s", self._n, self._dir)
+        self._traces = False
 
 
 def _validate(config, data, mesh, score_step: Callable, state: dict) -> dict:
     weights = {k: state[k] for k in ("tables", "model", "model_state")}
-    scores = evaluation.score_split(config, data, "valid", mesh, score_step, weights)
+    scores = evaluation.score_split(config, data, "valid", mesh, score_step, weights, slices=())
     return evaluation.headline(reports.evaluate_scores(scores, slices=(), bins=0))
 
 

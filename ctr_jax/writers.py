@@ -25,11 +25,20 @@ def quiet_checkpoint_logs() -> None:
 
 
 def write_json(path: Path, content) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a torn one."""
+    """Writes JSON so that a reader sees the old file or the new one, never a torn one, whatever is
+    killed or loses power.
+
+    Raises:
+      ValueError: a value is NaN or infinite.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -37,7 +37,7 @@ def config_file(small_config, tmp_path):
     small_config.checkpoint_steps = 2
     for name in ("total", "log", "checkpoint"):
         for unit in ("steps", "epochs", "examples", "percent"):
-            if small_config[f"{name}_{unit}"] is None:
+            if small_config.get(f"{name}_{unit}", 0) is None:
                 small_config[f"{name}_{unit}"] = 0 if unit == "steps" else 0.0
     (tmp_path / "config.json").write_text(json.dumps(small_config.to_dict()))
     page = tmp_path / "page.py"

@@ -194,8 +194,9 @@ def _check(query, memory, weights, form, tiling):
             raise ValueError(
                 f"{OP}: {name} must be {expected} for query {query.shape}, got {x.shape}"
             )
-    if not query.dtype == memory.keys.dtype == memory.values.dtype:
+    dtypes = {x.dtype for x in (query, memory.keys, memory.values)}
+    if len(dtypes) > 1 or not jnp.issubdtype(query.dtype, jnp.floating):
         raise ValueError(
-            f"{OP}: query, keys and values must share a dtype, got {query.dtype}, "
+            f"{OP}: query, keys and values must share a dtype, a float, got {query.dtype}, "
             f"{memory.keys.dtype} and {memory.values.dtype}"
         )

@@ -19,6 +19,9 @@ from kernels.evo_attention import pallas_gpu, pallas_tpu, reference
 from kernels.evo_attention.arguments import Band, Prefix, Recent, Static
 from kernels.evo_attention.rel_temporal import RelTemporal
 
+KINDS = {"mask": jnp.bool_} | dict.fromkeys(
+    ("times", "request_time", "time", "position"), jnp.signedinteger
+)
 # By device kind, as benchmarks/report.py judges measurements; XLA elsewhere (docs/kernels.md).
 PREFERRED: dict[str, tuple[str, ...]] = {"NVIDIA H200": ("pallas_gpu",)}
 IMPLEMENTATIONS = {"xla": reference, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -159,5 +162,9 @@ def _check_keys(of, keys, q, number) -> None:
 
 
 def _expect(name, x, shape) -> None:
+    """The shape, and that times and positions are signed integers and masks booleans."""
     if tuple(x.shape) != shape:
         raise ValueError(f"evo_attention: {name} must be {list(shape)}, got {list(x.shape)}")
+    kind = KINDS.get(name.split(": ")[-1])
+    if kind and not jnp.issubdtype(x.dtype, kind):
+        raise ValueError(f"evo_attention: {name} must be {kind.__name__}, got {x.dtype}")

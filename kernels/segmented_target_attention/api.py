@@ -147,5 +147,7 @@ def _check(q, k, v, mask, bias, segment, activation):
         raise ValueError(f"{OP}: L = {length} is no multiple of the segment size {segment}")
     if mask.dtype != jnp.bool_:
         raise ValueError(f"{OP}: mask must be bool, got {mask.dtype}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"{OP}: q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(
+            f"{OP}: q, k, v must share a dtype, a float, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )

@@ -324,33 +324,6 @@ def test_tables_fed_by_one_column_share_their_ids(monkeypatch):
     assert list(plan["item:second"].slots) == ["candidate/item_again"]
 
 
-def test_parts_of_a_batch_add_up_to_the_whole(path):
-    """Gradient accumulation: one plan, one gather, one update; micro-batches embed their share."""
-    tables = embedding.init_tables(jax.random.key(0), SHAPES, scale=1.0)
-    batch = make_batch(7)
-    weights = draw_weights(batch, 7)
-
-    def part_of(tree, i):
-        return jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:])[:, i], tree)
-
-    def loss(rows, plan, batch, weights):
-        vectors = embedding.embed(rows, plan, COLUMNS, batch).vectors
-        return sum(jnp.sum(weights[k] * vectors[k]) for k in vectors)
-
-    @jax.jit
-    def accumulate(tables, batch, weights):
-        plan = embedding.lookup_ids(COLUMNS, batch, tables)
-        rows, gradient = embedding.gather_rows(tables, plan), jax.grad(loss)
-        parts = [
-            gradient(rows, embedding.plan_part(plan, i, 2), part_of(batch, i), part_of(weights, i))
-            for i in range(2)
-        ]
-        return gradient(rows, plan, batch, weights), jax.tree.map(jnp.add, *parts)
-
-    whole, added = accumulate(tables, batch, weights)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, added)
-
-
 def test_init_tables():
     tables = embedding.init_tables(jax.random.key(0), {"a": (300, 8), "b": (3, 2)}, scale=0.5)
     assert tables["a"].shape == (512, 8) and tables["b"].shape == (256, 2)

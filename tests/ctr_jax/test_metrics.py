@@ -251,10 +251,10 @@ def test_logloss_and_entropy():
     rate = labels.mean()
     base = log_loss(labels, np.full(500, rate))
     assert close(metrics.normalised_entropy(labels, logits), log_loss(labels, p) / base)
-    constant = metrics.logit(np.full(500, rate))
+    constant = np.full(500, np.log(rate / (1 - rate)))
     assert close(metrics.normalised_entropy(labels, constant), 1.0)
     assert close(metrics.calibration(labels, logits), p.sum() / labels.sum())
-    np.testing.assert_allclose(metrics.sigmoid(metrics.logit(p)), p, rtol=1e-12)
+    np.testing.assert_allclose(metrics.sigmoid(np.log(p / (1 - p))), p, rtol=1e-12)
 
 
 def test_extreme_logits_stay_exact():
@@ -262,7 +262,6 @@ def test_extreme_logits_stay_exact():
     assert metrics.logloss([0, 1], [1000.0, -1000.0]) == 1000
     assert close(metrics.logloss([1], [40.0]) / math.exp(-40), 1.0)
     assert close(metrics.sigmoid([-700.0])[0] / math.exp(-700), 1.0)
-    assert np.isfinite(metrics.logit([0.0, 1.0])).all()
 
 
 def test_rela_impr():

@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ctr_jax.config import ConfigError
 from ctr_jax.optimizers import dense_optimizer, resolve_steps, schedule
 
 UNIT = dict(batch_size=100, examples=1050)
@@ -14,12 +15,23 @@ UNIT = dict(batch_size=100, examples=1050)
         ({"total_epochs": 2.0}, 21),
         ({"total_epochs": 1.0}, 11),  # the last, partial batch of the epoch is trained as well
         ({"total_examples": 950}, 10),
-        ({"total_percent": 25.0}, 10),
-        ({"total_percent": 0.001}, 1),
     ],
 )
 def test_durations(fields, steps):
-    assert resolve_steps("total", fields, **UNIT, total=40) == steps
+    assert resolve_steps("total", fields, **UNIT) == steps
+
+
+@pytest.mark.parametrize(
+    "percent, total, steps", [(25.0, 40, 10), (0.001, 40, 1), (7.0, 100, 7), (7.1, 100, 8)]
+)
+def test_durations_in_percent_of_the_total(percent, total, steps):
+    assert resolve_steps("log", {"log_percent": percent}, **UNIT, total=total) == steps
+
+
+@pytest.mark.parametrize("fields", [{"total_steps": -1}, {"total_epochs": -0.5}])
+def test_a_duration_is_positive(fields):
+    with pytest.raises(ConfigError, match="must be positive"):
+        resolve_steps("total", fields, **UNIT)
 
 
 @pytest.mark.parametrize("fields", [{}, {"total_steps": 1, "total_epochs": 1.0}])

@@ -201,6 +201,3 @@ def test_format_table():
         "| --- | ------: | --------: |",
         "| a   | 0.75123 | 1,234,567 |",
     ]
-    results = reports.evaluate_scores(make_scores())
-    table = reports.format_table(reports.slice_rows(results, "history_length"), markdown=True)
-    assert table.count("\n") == 8 and table.startswith("| history_length | ")

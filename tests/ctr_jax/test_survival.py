@@ -1,5 +1,6 @@
 """What a run survives: damaged files, full disks, SIGTERM, other devices."""
 
+import copy
 import json
 import logging
 import os
@@ -99,9 +100,48 @@ def test_nothing_readable_is_said_and_nothing_is_overwritten(tmp_path):
     directory = saved(tmp_path, steps=(1, 2))
     for step in ("1", "2"):
         flip(directory / step)
+    for _ in range(2):  # a second start says the same
+        checkpoints = Checkpoints(tmp_path)
+        with pytest.raises(Damaged, match=r"none of the checkpoints \[1, 2\] .* another --wor"):
+            checkpoints.restore_newest(shapes(make_state(0)), IDENTITY)
+        checkpoints.close()
+    assert not list(directory.glob("*.damaged"))
+
+
+def test_what_a_checkpoint_is_not_to_blame_for_is_no_damage(tmp_path, monkeypatch):
+    saved(tmp_path, manifest=False)
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(Damaged, match=r"none of the checkpoints \[1, 2\] .* another --workdir"):
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(checkpoints, "restore", full)
+    with pytest.raises(jax.errors.JaxRuntimeError):
         checkpoints.restore_newest(shapes(make_state(0)), IDENTITY)
+    assert checkpoints.steps() == [1, 2, 3]
+    checkpoints.close()
+
+
+def test_a_checkpoint_that_a_killed_run_did_not_measure_is_measured(small_config, tmp_path):
+    train(small_config, tmp_path / "whole")
+    for ended_at in (3, 6):
+        workdir = tmp_path / str(ended_at)
+        config = copy.deepcopy(small_config)
+        config.total_steps, config.validate = ended_at, False
+        train(config, workdir)  # as one that was killed in its validation leaves it
+        done = train(small_config, workdir)
+        for name in ("metrics/3.json", "metrics/6.json")[ended_at == 6 :]:
+            assert (workdir / name).read_text() == (tmp_path / "whole" / name).read_text()
+        assert done["valid"] == json.loads((workdir / "metrics/6.json").read_text())["valid"]
+
+
+def test_a_table_of_measures_that_cannot_be_read_is_not_measured(tmp_path, caplog):
+    saved(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.metrics_path(3).parent.mkdir()
+    checkpoints.metrics_path(3).write_text("")
+    assert checkpoints.metrics(3) == {} and "3.json cannot be read" in caplog.text
+    assert checkpoints.best("valid/auc") is None
     checkpoints.close()
 
 

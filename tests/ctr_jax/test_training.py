@@ -1,17 +1,20 @@
 """The whole loop on a small log: resume, refusal, meshes, evaluation."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from ctr_jax import sharding, steps
+from ctr_jax import evaluation, sharding, steps
 from ctr_jax.checkpoints import Checkpoints, ConfigMismatch
-from ctr_jax.config import identity
+from ctr_jax.config import ConfigError, identity
 from ctr_jax.data import open_data, pipeline
 from ctr_jax.evaluation import evaluate
 from ctr_jax.training import NonFiniteLoss, train
+from ctr_jax.writers import write_json
 
 
 def final_state(config, workdir, step=None):
@@ -97,6 +100,14 @@ def test_a_non_finite_loss_names_step_and_requests_and_poisons_no_checkpoint(
     assert "at step 4" in str(error.value)
     assert str(batch.request_id[:8].tolist()) in str(error.value)
     jax.tree.map(np.testing.assert_array_equal, final_state(small_config, tmp_path), good)
+
+
+def test_parameters_that_leave_the_numbers_are_not_saved(small_config, tmp_path):
+    small_config.optimizer.update(dict(name="sgd", learning_rate=1e30))
+    small_config.checkpoint_steps = 1
+    with pytest.raises(NonFiniteLoss, match="norm_[a-z]* is (inf|nan) at step 1"):
+        train(small_config, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize("data, table", [(8, 1), (4, 2), (2, 4)])
@@ -236,6 +247,80 @@ def test_watching_sees_every_step_of_a_finished_run(small_config, tmp_path):
     evaluate(small_config, tmp_path, watch=True, splits=("valid",))
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert all("auc" in checkpoints.metrics(step)["valid"] for step in (3, 6))
+
+
+def test_watching_goes_on_where_the_trainer_deletes(small_config, tmp_path, monkeypatch):
+    small_config.validate, small_config.keep_last = False, 9
+    small_config.checkpoint_steps = 2
+    train(small_config, tmp_path)
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    score, scored = evaluation.score_split, []
+
+    def prune(*arguments, **how):  # while the first step is read
+        scored.append(max(s for s in checkpoints.steps() if checkpoints.is_being_evaluated(s)))
+        shutil.rmtree(tmp_path / "checkpoints" / "4", ignore_errors=True)
+        return score(*arguments, **how)
+
+    monkeypatch.setattr(evaluation, "score_split", prune)
+    evaluate(small_config, tmp_path, watch=True, splits=("valid",))
+    assert scored == [2, 6]
+
+
+def test_a_checkpoint_of_other_training_is_evaluated_and_of_another_model_not(
+    small_config, tmp_path
+):
+    train(small_config, tmp_path)
+    small_config.optimizer.learning_rate = 0.5  # no score depends on it
+    evaluate(small_config, tmp_path, step=3, splits=("valid",))
+    small_config.model.width = 16
+    with pytest.raises(ConfigMismatch, match="model.width: checkpoint 8, config 16"):
+        evaluate(small_config, tmp_path, step=3)
+
+
+def test_a_baseline_of_other_rows_is_refused_before_scoring(small_config, tmp_path, monkeypatch):
+    train(small_config, tmp_path / "run")
+    monkeypatch.setattr(evaluation, "score_split", None)
+    how = dict(splits=("valid",), relative_to=tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match=r"results.json is not there; eval.py writes it"):
+        evaluate(small_config, tmp_path / "run", **how)
+    path = tmp_path / "other" / "evaluation" / "valid" / "results.json"
+    write_json(path, {"split": "valid", "data_hash": "another"})
+    with pytest.raises(ConfigError, match="cannot be compared: data_hash"):
+        evaluate(small_config, tmp_path / "run", **how)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("best_metric", "auc", "give valid/ or test/"),
+        ("best_metric", "valid/AUC", "one of auc"),
+        ("slices", ("candidate/nope",), "the columns are candidate/category"),
+        ("dtype", "bf16", "choose one of float32"),
+        ("keep_last", 0, "must be 1 or more"),
+        ("batch_size", 0, "must be 1 or more"),
+        ("micro_batch", -16, "must be 0 or more"),
+        ("micro_batch", 5, "does not divide into micro-batches"),
+        ("length_buckets", (6,), "the last of them history_length"),
+        ("mesh.data", 9, "there are 8"),
+        ("model.module", "baselines_jax.dinn", "No module named"),
+        ("model.module", "lrea_jax.model", "config.model has no field"),
+        ("loss.weights", ConfigDict({"nothing": 1.0}), "the model has no loss"),
+        ("learning_rate", 0.1, "config has no field 'learning_rate'"),
+        ("optimizer.lr", 0.1, "config.optimizer has no field 'lr'"),
+        ("model.embeding_width", 4, "did you mean embedding_width"),
+    ],
+)
+def test_a_page_that_cannot_be_is_refused_before_anything_is_saved(
+    small_config, tmp_path, field, value, says
+):
+    *groups, name = field.split(".")
+    group = small_config
+    for each in groups:
+        group = group[each]
+    group[name] = value
+    with pytest.raises(ConfigError, match=says):
+        train(small_config, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 @pytest.mark.slow

@@ -332,6 +332,14 @@ def test_the_scale_is_of_the_products(name, implementation):
         (dict(v=np.zeros((3, 12, 4, 5), np.float32)), "v must be"),
         (dict(v=jnp.zeros((3, 12, 2, 8), jnp.bfloat16)), "share a dtype"),
         (dict(mask=np.ones((3, 12), np.float32)), "mask must be bool"),
+        (
+            dict(q=np.ones((3, 3, 2, 4), int), k=np.ones((3, 12, 2, 4), int), v=None),
+            "k must be",
+        ),
+        (
+            dict(q=np.ones((3, 3, 2, 4), int), k=np.ones((3, 12, 1, 4), int), v=None),
+            "share a dtype, a float, got int64",
+        ),
         (dict(bias=np.zeros(3, np.float32)), "bias must be"),
         (dict(implementation="pallas_tpu"), "cannot run: it runs on a tpu"),
         (dict(v=None), "k must be"),

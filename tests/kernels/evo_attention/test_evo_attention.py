@@ -252,6 +252,8 @@ def test_refusals():
         call(*behaviours[:3], behaviours[3]._replace(v=behaviours[3].v[:, 1:]), *behaviours[4:])
     with pytest.raises(ValueError, match="mask must be"):
         call(*behaviours[:6], behaviours[6][:, 1:])
+    with pytest.raises(ValueError, match="times must be signedinteger, got uint32"):
+        call(*behaviours[:5], behaviours[5].astype(jnp.uint32), behaviours[6])
     with pytest.raises(ValueError, match="slopes must be"):
         call(*behaviours[:4], behaviours[4][:2], *behaviours[5:])
     with pytest.raises(ValueError, match="user_k must be float32 as q is, got bfloat16"):
