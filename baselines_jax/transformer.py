@@ -70,7 +70,7 @@ class Transformer(nn.Module):
     length: int = 1000
     tile_bytes: int = 0
 
-    takes_tiles = True
+    takes_tiles = loops_over_requests = True
 
     @nn.compact
     def __call__(self, tokens: Tokens, train: bool) -> jax.Array:

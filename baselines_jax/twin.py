@@ -63,7 +63,7 @@ class TWIN(nn.Module):
     top_k: int = 100
     tile_bytes: int = 0
 
-    takes_tiles = True
+    takes_tiles = loops_over_requests = True
 
     @nn.compact
     def __call__(self, tokens: Tokens, train: bool) -> jax.Array:

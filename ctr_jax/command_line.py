@@ -44,21 +44,20 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except AttributeError as error:  # what ml_collections raises for it
-        page = flags.FLAGS["config"].parser.parse(_page(argv))
-        message = unknown_field(page, argv)
+        message = unknown_field(page(argv), argv)
         if message is None:
             raise error
     sys.exit(message)
 
 
-def _page(argv: Sequence[str]) -> str:
-    """What --config was last given, as "--config=PAGE" or "--config PAGE"."""
+def page(argv: Sequence[str]) -> ConfigDict:
+    """What --config was last given, as "--config=PAGE" or "--config PAGE", without overrides."""
     pages = []
     for arg, after in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = arg.partition("=")
         if name in ("-config", "--config"):
             pages.append(value if equals else after)
-    return pages[-1]
+    return flags.FLAGS["config"].parser.parse(pages[-1])
 
 
 def unknown_field(config: ConfigDict, argv: Sequence[str]) -> str | None:

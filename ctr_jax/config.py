@@ -41,6 +41,8 @@ def base_config() -> ConfigDict:
     config.data.raw_dir = ""
     config.data.prepared_dir = "prepared"
     config.data.on_bad_row = "raise"
+    config.data.memory_limit = "1GB"  # DuckDB's, while preparing; does not change the data set
+    config.data.threads = 0  # of the preparation; 0 = all cores
     # {vocabulary: rows} for plans made where the data set is not (train.py --plan).
     config.expected_rows = ConfigDict()
     config.history_length = 200

@@ -115,7 +115,7 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> 
             about = {"data_hash": data.spec.content_hash, "split": split}
             reports.refuse_other_rows(about, reports.read_results(path), about)
     checkpoints = Checkpoints(workdir, read_only=True)
-    for at in _new_steps(checkpoints) if watch else [_chosen(checkpoints, step, config)]:
+    for at in _new_steps(checkpoints) if watch else [chosen(checkpoints, step, config)]:
         with _marked(checkpoints, at):
             if watch and at not in checkpoints.steps():  # deleted before the marker was there
                 logging.info("step %d: gone, as newer ones are there; not evaluated", at)
@@ -162,7 +162,8 @@ def oracle_auc(config: ConfigDict, split: str) -> float | None:
     return synthetic.oracle_auc(Path(config.data.raw_dir), split)
 
 
-def _chosen(checkpoints: Checkpoints, step: int | None, config: ConfigDict) -> int:
+def chosen(checkpoints: Checkpoints, step: int | None, config: ConfigDict) -> int:
+    """`step`, or the best as far as measured, else the newest; FileNotFoundError where none is."""
     steps_there = checkpoints.steps()
     if not steps_there:
         raise FileNotFoundError(f"no checkpoint in {checkpoints.workdir}; train it first")

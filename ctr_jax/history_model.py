@@ -6,7 +6,8 @@ The baselines of LASER's table and LASER itself are this frame with another `int
     __call__(tokens: Tokens, train: bool) -> [B, C, k]
 
 One that neither keeps state nor draws random numbers, and whose requests do not see each other,
-may say `takes_tiles = True`.
+may say `takes_tiles = True`; `loops_over_requests = True` besides where it goes through them one
+after the other by itself (query_tiles.py): on a mesh each device then goes through its own.
 
 `short_length` most recent behaviours also go through a DIN unit of their own, in every model alike:
 LASER's Base is a model of length 100 to which a long sequence is added (laser.md; how Base reads
@@ -89,10 +90,11 @@ class HistoryModel(nn.Module):
         """EmbeddedBatch -> (logits [B, C], out); out has "losses" (none) and "interest"."""
         config, batch = self.config, embedded.batch
         size, length, candidates = batch.shape
+        dtype = jnp.result_type(*embedded.vectors.values())
 
         def join(group: str) -> jax.Array:
             vectors = [embedded.vectors[c.key] for c in self.columns if c.group == group]
-            return jnp.concatenate(vectors, -1) if vectors else jnp.zeros((size, 0))
+            return jnp.concatenate(vectors, -1) if vectors else jnp.zeros((size, 0), dtype)
 
         # ---- tokens ----
         candidate = join("candidate")
@@ -130,6 +132,8 @@ class HistoryModel(nn.Module):
         size, length, _ = tokens.batch.shape
         row = tokens.behaviours.shape[-1] * tokens.behaviours.dtype.itemsize
         most = TILE_BYTES.get(dispatch.platform(), size * length * row) // (length * row)
+        if getattr(self.interest, "loops_over_requests", False):
+            most = min(most, dispatch.requests_of_a_device(size))
         tiled = max(1, most) < size and getattr(self.interest, "takes_tiles", False)
         if not tiled or self.is_initializing():
             return self.interest(tokens, train)

@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels import dispatch
+
 # Of a tile's weights: what a CPU's caches like; elsewhere what memory allows.
 TILE_BYTES, LARGE_TILE_BYTES = {"cpu": 4 << 20}, 64 << 20
 # Causal queries go in at most so many blocks, each with the keys up to its end: four leave out 3/8
@@ -50,10 +52,10 @@ def over_tiles(
       [B, ..., n].
     """
     size, n = (jax.tree.leaves(queries)[0].shape[i] for i in (0, -1))
-    tile_bytes = tile_bytes or TILE_BYTES.get(jax.default_backend(), LARGE_TILE_BYTES)
+    tile_bytes = tile_bytes or TILE_BYTES.get(dispatch.platform(), LARGE_TILE_BYTES)
     # Whole requests together where they are small, else a part of one.
     most = max(1, min(size, tile_bytes // (n * query_bytes)))
-    requests = next(r for r in range(most, 0, -1) if size % r == 0)
+    requests = next((r for r in range(most, most // 2, -1) if size % r == 0), most)
     largest = max(1, tile_bytes // (requests * query_bytes))
     blocks = min(CAUSAL_BLOCKS, max(1, n // CAUSAL_BLOCK)) if causal else 1
     ends = [n * (i + 1) // blocks for i in range(blocks)]

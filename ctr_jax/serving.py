@@ -21,6 +21,7 @@ from ctr_jax.batch import RequestBatch
 from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
 from ctr_jax.config import check, identity, scoring
 from ctr_jax.data import open_data
+from ctr_jax.evaluation import chosen
 from ctr_jax.features import DataSpec
 
 
@@ -34,16 +35,16 @@ def restore(
     Returns:
       weights: {"tables", "model", "model_state"}, as ctr_jax.steps.score_step takes them.
     Raises:
-      FileNotFoundError: there is no checkpoint.
+      FileNotFoundError: there is no such checkpoint.
+      Damaged: its files are not what was saved.
       ConfigMismatch: it was made with another model or data set.
     """
     check(config)
     data, workdir = open_data(config), Path(workdir)
     mesh = sharding.make_mesh(data=1, table=1)
     checkpoints = Checkpoints(workdir, read_only=True)
-    if not checkpoints.steps():
-        raise FileNotFoundError(f"no checkpoint in {workdir}; train it first")
-    at = step or checkpoints.best(config.best_metric) or checkpoints.steps()[-1]
+    at = chosen(checkpoints, step, config)
+    checkpoints.check(at)
     with jax.set_mesh(mesh):
         experiment = steps.bind(config, data.spec, mesh, 1)
         shapes = steps.state_shapes(experiment)

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
             events=("events-*.parquet",),
             # Who, when, and what is to be predicted.
             user="user_id",
-            time="timestamp",
+            time="timestamp",  # a number, or a timestamp: UTC where it has no zone
             time_unit="s",  # s | ms | us
             label="clicked",  # 0 or 1, or a condition such as "rating >= 4"
             # One request = the impressions of one user at one time; also "event", a number of
@@ -35,7 +35,8 @@ def get_config() -> ConfigDict:
             # own request and the file's order is known to be true, ties="order" uses that order.
             ties="strict",
             is_behaviour="clicked = 1",
-            # Which events are targets of which split; valid is the last part of train.
+            # Which events are targets of which split; valid is the last part of train, or what a
+            # condition valid="..." takes out of it.
             train="timestamp < 1700000000",
             test="timestamp >= 1700000000",
             valid_fraction=0.05,

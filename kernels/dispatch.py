@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -92,6 +93,12 @@ def requests_are_local(batch: int) -> bool:
     """Whether each device has all of its requests to itself, or can be given them by mapping over
     `request_axes`: only then may an op take requests apart without a transfer between devices."""
     return meshes.refusal(_SCOPE.get().batch_axes, batch, partitioned=False) is None
+
+
+def requests_of_a_device(batch: int) -> int:
+    """How many of B requests a device has, as `request_axes` split them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return batch // math.prod(mesh.shape[axis] for axis in request_axes())
 
 
 def platform() -> str:

@@ -94,7 +94,9 @@ class LowRank(nn.Module):
         tokens = self._most_recent(tokens)
         comp, _ = self.matrices(tokens.shape[1])
         compressed = jnp.einsum("lr,bld->brd", comp, tokens)
-        of_matrix = jnp.sum(jnp.square(jnp.maximum(0, -self.matrices()[1])))
+        exact = jnp.promote_types(tokens.dtype, jnp.float32)  # losses stay float32
+        compressed, decomp = compressed.astype(exact), self.matrices()[1].astype(exact)
+        of_matrix = jnp.sum(jnp.square(jnp.maximum(0, -decomp)))
         of_rows = jnp.sum(jnp.square(jnp.maximum(0, -compressed)), (1, 2))
         of_rows = jnp.sum(jnp.where(rows, of_rows, 0)) / jnp.maximum(jnp.sum(rows), 1)
         if self.penalty == "mean":

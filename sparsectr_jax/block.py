@@ -61,8 +61,8 @@ class FusionGate(nn.Module):
     """Softmax gate over the branches, and their weighted sum (SparseCTR eqs. 9 and 10).
 
     Attributes:
-      kind: "literal", one gate per query from the concatenated full-width outputs, W [3d, 3];
-        "per_head", one per query and head, W [H, 3K, 3].
+      kind: "literal", one gate per query from the concatenated full-width outputs, W [R, H, K, R];
+        "per_head", one per query and head, of the same W.
       mask_empty: a branch with nothing to see gets gate logit -inf; False is the literal form,
         in which its output of 0 takes part.
     """

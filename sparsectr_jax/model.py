@@ -54,7 +54,7 @@ def default_config() -> ConfigDict:
     config.use_transition = True  # False: A3
     config.use_local = True  # False: A4
     config.chunking = "time"  # time | fixed | sim
-    config.aggregate = "mean_mlp"  # mean_mlp | mlp_mean | attn_pool | mean
+    config.aggregate = "mean_mlp"  # mean_mlp | mean_residual | mlp_mean | attn_pool | mean
     config.aggregate_scope = "head"  # its MLPs: head (K to K, shared by heads) | model (d to d)
     config.transition_inclusive = True  # a transition behaviour sees itself
     config.gate = "literal"  # literal (3d x 3) | per_head
@@ -82,7 +82,7 @@ def default_config() -> ConfigDict:
 
 
 def rows_per_tile(config: ConfigDict, batch: int) -> int:
-    """Requests that go through the model at a time: a divisor of the batch.
+    """Requests that go through the model at a time, at most.
 
     By itself the whole batch, but on a CPU what is fastest there: 16 where a block works on all
     behaviours, and 64 where there is only the last, which makes little more than keys and values.
@@ -90,7 +90,7 @@ def rows_per_tile(config: ConfigDict, batch: int) -> int:
     rows = config.rows_per_tile
     if not rows:
         rows = {"cpu": 64 if config.num_layers == 1 else 16}.get(dispatch.platform(), batch)
-    return next(r for r in range(min(rows, batch), 0, -1) if batch % r == 0)
+    return min(rows, batch)
 
 
 class SparseCTR(nn.Module):
@@ -122,7 +122,11 @@ class SparseCTR(nn.Module):
           loss: (logits [b, C], RequestBatch of b requests, denominator) -> scalar. With it the
             result is the sum of these scalars in place of the logits, and `out` has no candidates:
             gradients are then made with it, a few requests at a time.
+          denominator: what the loss of the whole batch is divided by, so that parts add up
+            (losses.loss_denominator); it goes with `loss`.
         """
+        if (loss is None) != (denominator is None):
+            raise ValueError("loss and denominator go together")
         keys = tuple(c.key for c in self.columns if c.group == "behaviour")
         if not keys:
             raise ValueError("SparseCTR needs at least one behaviour column")

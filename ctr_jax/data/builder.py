@@ -285,6 +285,9 @@ def connect(scratch: Path, options: Mapping[str, Any]) -> duckdb.DuckDBPyConnect
     con.execute(f"SET temp_directory = '{spill}'")
     con.execute(f"SET memory_limit = '{options.get('memory_limit') or '1GB'}'")
     con.execute("SET enable_progress_bar = false")
+    # A time with a zone is a moment and must not be read by the machine's clock. GLOBAL, because
+    # cursors do not inherit what is set on a connection.
+    con.execute("SET GLOBAL TimeZone = 'UTC'")
     if options.get("threads"):
         con.execute(f"SET threads = {int(options['threads'])}")
     return con

@@ -139,9 +139,13 @@ class Eleme(PreparedBuilder, skip_registration=True):
             header=False,
             skip_files=True,
         )
-        items = "len(string_split(item_id_list, ';'))"
-        lists = [*BEHAVIOUR.values(), "timediff_list"]
-        widths = " OR ".join(f"len(string_split({c}, ';')) IS DISTINCT FROM {items}" for c in lists)
+        # A list whose only element is missing reads as NULL: timediff_list tells it from no list.
+        width = "len(string_split({}, ';'))".format
+        aligned = {
+            c: f"CASE WHEN timediff_list IS NOT NULL THEN coalesce({c}, '') END"
+            for c in BEHAVIOUR.values()
+        }
+        widths = " OR ".join(f"{width(c)} <> {width('timediff_list')}" for c in aligned.values())
         checks = {
             "label not 0 or 1": ("label IS NULL OR label NOT IN ('0', '1')", "label"),
             "missing user": ("user_id IS NULL", "user_id"),
@@ -154,7 +158,7 @@ class Eleme(PreparedBuilder, skip_registration=True):
                 "weekdays",
             ),
             "lists of different lengths": (
-                f"item_id_list IS NOT NULL AND ({widths})",
+                f"(timediff_list IS NULL AND item_id_list IS NOT NULL) OR {widths}",
                 "item_id_list",
             ),
             "unparsable timediff": (
@@ -165,9 +169,11 @@ class Eleme(PreparedBuilder, skip_registration=True):
         }
         good = check_rows(con, log, "log", "rowid", checks, report, options["on_bad_row"])
         cases = " ".join(f"WHEN '{p.name}' THEN {day_of(p, options)}" for p in files)
+        lists = ", ".join(f"{sql} AS {c}" for c, sql in aligned.items())
         con.execute(
             "CREATE OR REPLACE VIEW days AS "
-            f"SELECT *, rowid AS seq, CASE filename {cases} END AS day FROM log WHERE {good}"
+            f"SELECT * REPLACE ({lists}), rowid AS seq, CASE filename {cases} END AS day "
+            f"FROM log WHERE {good}"
         )
         first = _monday_aligned(con, report)
         self._timediff = measure_timediff(con, options, report)

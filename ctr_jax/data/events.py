@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "events": "events.parquet",  # file names or globs within raw_dir
     "types": {},  # DuckDB types of CSV columns that the first rows do not tell
     "user": "user",
-    "time": "time",
+    "time": "time",  # a number in time_unit, or a timestamp, which without a zone is UTC's
     "time_unit": "s",
     "time_floor": 0,  # seconds; every stored time is floored to a multiple of it
     "label": "label",  # 0 or 1 (or a condition), read where the event is a target
@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "request": "event",
     "ties": "strict",  # "order": the file's order decides what was before; "strict": earlier times
     "train": "",  # conditions: which events are targets of which split
-    "valid": "",  # empty = the last valid_fraction of train by time
+    "valid": "",  # taken out of train; empty = the last valid_fraction of train by time
     "test": "",
     "items": "",  # file with one row per items_key; `item` is that key of an event
     "items_key": "item",
@@ -102,6 +102,7 @@ class Events(PreparedBuilder, skip_registration=True):
             buckets=options["buckets"],
             min_count=options["min_count"],
             valid_fraction=options["valid_fraction"],
+            own_valid=bool(options["valid"]),
         )
 
     @staticmethod
@@ -120,6 +121,7 @@ class Events(PreparedBuilder, skip_registration=True):
         p.item) and `i` for the columns that differ from the events' own.
         """
         options = complete(self.options)
+        _check_types(options)
         skip = {"on_bad_row": options["on_bad_row"], "types": options["types"]}
         root = options["raw_dir"]
         events = self.read_table(
@@ -133,14 +135,13 @@ class Events(PreparedBuilder, skip_registration=True):
         source = self._source(con, options, report, skip)
         good = self._check(con, events, source, options, report)
 
-        unit, floor = UNITS[options["time_unit"]], int(options["time_floor"])
-        seconds = f"CAST(floor(order_time / {unit}) AS BIGINT)"
-        floored = f"{seconds} // {floor} * {floor}" if floor else seconds
+        # The expression itself wherever it is needed: an alias would give way to a raw column.
+        time = time_value(con, options, source)
         request = options["request"]
         if request in ("event", "time"):
             request_key = ""
         elif isinstance(request, int):
-            request_key = f", {seconds} // {request} AS request_key"
+            request_key = f", {seconds(time, options)} // {request} AS request_key"
         else:
             request_key = f", ({request}) AS request_key"
         columns = "".join(
@@ -152,9 +153,9 @@ class Events(PreparedBuilder, skip_registration=True):
             f"""
             CREATE OR REPLACE VIEW good_events AS
             SELECT ({options["user"]}) AS user_key,
-                   {time_value(con, options, source)} AS order_time,
-                   CAST({floored} AS INTEGER) AS time, e.rowid AS seq,
-                   ({options["is_behaviour"]}) AS keep, {target_range(options)} AS "range",
+                   {time} AS order_time, {stored_time(time, options)} AS time, e.rowid AS seq,
+                   coalesce(CAST(({options["is_behaviour"]}) AS BOOLEAN), FALSE) AS keep,
+                   {target_range(options)} AS "range",
                    TRY_CAST(TRY({options["label"]}) AS UTINYINT) AS label {request_key} {columns}
             FROM {source} WHERE {good}"""
         )
@@ -175,14 +176,13 @@ class Events(PreparedBuilder, skip_registration=True):
     def _check(self, con, events: raw.RawTable, source: str, options, report: Report) -> str:
         user, time, label = (f"({options[k]})" for k in ("user", "time", "label"))
         value = time_value(con, options, source)
-        largest = (2**31 - 1) * UNITS[options["time_unit"]]
         number = f"TRY_CAST(TRY({label}) AS DOUBLE)"
         target = f"({target_range(options)}) IS NOT NULL"
         checks = {
             "missing user": (f"{user} IS NULL", user),
             "unparsable time": (f"{value} IS NULL", time),
             "negative time": (f"{value} < 0", time),
-            f"time after 2038 in unit {options['time_unit']}": (f"{value} > {largest}", time),
+            **_too_late(value, time, options),
             "label not 0 or 1": (
                 f"{target} AND ({number} IS NULL OR {number} NOT IN (0, 1))",
                 f"TRY({label})",
@@ -206,12 +206,12 @@ class Events(PreparedBuilder, skip_registration=True):
                         f"{files[0]}: no column {column!r}; it has {list(table.columns)}"
                     )
             time = f'p."{prior["time"]}"'
-            checks = {"missing or negative time": (f"{time} IS NULL OR {time} < 0", time)}
+            checks = {
+                "missing or negative time": (f"{time} IS NULL OR {time} < 0", time),
+                **_too_late(time, time, options),
+            }
             source = f'(SELECT rowid, * FROM raw_prior WHERE len("{prior["items"]}") > 0) p'
             good = check_rows(con, table, source, "p.rowid", checks, report, options["on_bad_row"])
-            unit, floor = UNITS[options["time_unit"]], int(options["time_floor"])
-            seconds = f'CAST(floor(p."{prior["time"]}" / {unit}) AS BIGINT)'
-            floored = f"{seconds} // {floor} * {floor}" if floor else seconds
             sql = {**options["behaviour"], **prior.get("behaviour", {})}
             columns = "".join(
                 f', ({sql[name]}) AS "behaviour/{name}"' for name in options["behaviour"]
@@ -223,8 +223,8 @@ class Events(PreparedBuilder, skip_registration=True):
             con.execute(
                 f"""
                 CREATE OR REPLACE VIEW prior_behaviours AS
-                SELECT p."{prior["user"]}" AS user_key, p."{prior["time"]}" AS order_time,
-                       CAST({floored} AS INTEGER) AS time, p.seq, TRUE AS keep {columns}
+                SELECT p."{prior["user"]}" AS user_key, {time} AS order_time,
+                       {stored_time(time, options)} AS time, p.seq, TRUE AS keep {columns}
                 FROM (SELECT * EXCLUDE (position), rowid * 1000000 + position - {1 << 62} AS seq
                     FROM (SELECT rowid, *, unnest("{prior["items"]}") AS item,
                            generate_subscripts("{prior["items"]}", 1) AS position
@@ -267,13 +267,34 @@ def complete(options: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(full["prior"]) - _PRIOR)
     if unknown:
         raise DataError(f"data.prior has no options {unknown}; it knows {sorted(_PRIOR)}")
+    full["request"] = _request(full["request"])
     return full
 
 
+def _check_types(options: Mapping[str, Any]) -> None:
+    """Raises DataError if `types` names a column that no raw table has."""
+    tables = (options["events"], options["items"], options["users"], options["prior"].get("file"))
+    firsts = [raw.find_files(options["raw_dir"], files)[0] for files in tables if files]
+    known = {column for path in firsts for column in raw.file_columns(path)}
+    if unknown := sorted(set(options["types"]) - known):
+        raise DataError(f"data.types names {unknown}; the raw tables have {sorted(known)}")
+
+
+def _request(request: Any) -> Any:
+    """A number of seconds as an int, which a command line gives as text; the others unchanged."""
+    try:
+        number = float(request)
+    except (TypeError, ValueError):
+        return request
+    if not (number >= 1 and number.is_integer()):
+        raise DataError(f"data.request is {request!r}; use whole seconds, at least 1")
+    return int(number)
+
+
 def target_range(options: Mapping[str, Any]) -> str:
-    """SQL of the split range an event is a target of, or NULL."""
+    """SQL of the split range an event is a target of, or NULL; valid may be a part of train."""
     cases = " ".join(
-        f"WHEN ({options[r]}) THEN '{r}'" for r in ("train", "valid", "test") if options[r]
+        f"WHEN ({options[r]}) THEN '{r}'" for r in ("valid", "train", "test") if options[r]
     )
     return f"CASE {cases} END"
 
@@ -287,3 +308,23 @@ def time_value(con: duckdb.DuckDBPyConnection, options: Mapping[str, Any], sourc
     if kind in ("DOUBLE", "FLOAT") or kind.startswith("DECIMAL"):
         return f"CASE WHEN isfinite(CAST({time} AS DOUBLE)) THEN CAST({time} AS DOUBLE) END"
     return f"TRY_CAST({time} AS BIGINT)"
+
+
+def seconds(time: str, options: Mapping[str, Any]) -> str:
+    """SQL of whole seconds from a time in `time_unit`."""
+    return f"CAST(floor({time} / {UNITS[options['time_unit']]}) AS BIGINT)"
+
+
+def stored_time(time: str, options: Mapping[str, Any]) -> str:
+    """SQL of the int32 seconds that are stored, from a time in `time_unit`."""
+    whole, floor = seconds(time, options), int(options["time_floor"])
+    return (
+        f"CAST({whole} // {floor} * {floor} AS INTEGER)" if floor else f"CAST({whole} AS INTEGER)"
+    )
+
+
+def _too_late(time: str, shown: str, options: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The row check of times that int32 seconds do not hold."""
+    unit = options["time_unit"]
+    largest = (2**31 - 1) * UNITS[unit]
+    return {f"time after 2038 in unit {unit}": (f"{time} > {largest}", shown)}

@@ -32,14 +32,16 @@ def build_histories(
     """
     fields = plan.group("behaviour")
     num_users = con.execute("SELECT count(*) FROM user_ids").fetchone()[0]
+    # Only the positions count events that enter no history; else they need not be sorted.
+    needed = "TRUE" if plan.ties == "order" else "keep"
     total = con.execute(
-        "SELECT count(*) FROM behaviours SEMI JOIN user_ids USING (user_key)"
+        f"SELECT count(*) FROM behaviours SEMI JOIN user_ids USING (user_key) WHERE {needed}"
     ).fetchone()[0]
     select, joins = encoded(con, list(fields), "b")
     rows = con.cursor().sql(
         f"""
         SELECT u."user" AS "user", b.time AS time, b.seq AS seq, b.keep AS keep {select}
-        FROM behaviours b JOIN user_ids u USING (user_key) {joins}
+        FROM (SELECT * FROM behaviours WHERE {needed}) b JOIN user_ids u USING (user_key) {joins}
         ORDER BY u."user", b.order_time, b.seq
         """
     )

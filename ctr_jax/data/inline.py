@@ -78,7 +78,7 @@ def _fill_histories(
     request = records["request_time"][owner].astype(np.int64)
     unit, sign = timediff
     if unit == DAY:
-        hours = flat_numbers(batch["hours_list"])[0]
+        hours = np.nan_to_num(flat_numbers(batch["hours_list"])[0])  # unknown: the day's start
         day = (request + TIME_ZONE) // DAY - np.round(sign * difference).astype(np.int64)
         time = day * DAY - TIME_ZONE + hours.astype(np.int64) * HOUR
     else:

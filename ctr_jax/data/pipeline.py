@@ -25,11 +25,12 @@ import jax
 import numpy as np
 
 from ctr_jax.batch import RequestBatch
+from ctr_jax.config import check_buckets
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.records import Requests
+from ctr_jax.data.synthetic_random import GOLDEN, mix
 
 _ROUNDS = 4  # pairs of Feistel rounds; 3 single rounds of random functions already look random
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def train_batches(
@@ -154,14 +155,10 @@ def by_length(
 
     Raises:
       DataError: a file is damaged.
-      ValueError: the lengths do not ascend from 1 on and end with history_length.
+      ConfigError: the lengths do not ascend from 1 on and end with history_length.
     """
+    check_buckets(length_buckets, history_length)
     edges = list(length_buckets)
-    if edges[0] < 1 or edges[-1] != history_length or sorted(set(edges)) != edges:
-        raise ValueError(
-            f"length_buckets {tuple(edges)}: give ascending lengths from 1 on, the last of them "
-            f"history_length = {history_length}"
-        )
     which = np.searchsorted(edges[:-1], requests.history_lengths())
     return [Bucket(np.flatnonzero(which == k), edge) for k, edge in enumerate(edges)]
 
@@ -217,7 +214,7 @@ def shuffled(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
       [N] int64 in 0 .. size - 1.
     """
     epochs, index = np.divmod(np.asarray(positions, np.int64), size)
-    keys = _mix(epochs.astype(np.uint64) + np.uint64((seed * _GOLDEN) & (2**64 - 1)))
+    keys = mix(epochs.astype(np.uint64) + np.uint64((seed * GOLDEN) & (2**64 - 1)))
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
     index = _feistel(index.astype(np.uint64), keys, a, b)
@@ -230,19 +227,11 @@ def _feistel(index: np.ndarray, keys: np.ndarray, a: int, b: int) -> np.ndarray:
     """A keyed permutation of 0 .. a * b - 1, per element: [N] uint64."""
     left, right = np.divmod(index, np.uint64(b))
     for number in range(_ROUNDS):
-        keys = _mix(keys + np.uint64(number))
+        keys = mix(keys + np.uint64(number))
         # the top 32 bits: a sum with them cannot overflow, which would not be invertible mod a
-        left = (left + (_mix(keys ^ right) >> np.uint64(32))) % np.uint64(a)
-        right = (right + (_mix(~keys ^ left) >> np.uint64(32))) % np.uint64(b)
+        left = (left + (mix(keys ^ right) >> np.uint64(32))) % np.uint64(a)
+        right = (right + (mix(~keys ^ left) >> np.uint64(32))) % np.uint64(b)
     return left * np.uint64(b) + right
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64 (Steele, Lea and Flood 2014): [N] uint64, wrapping arithmetic."""
-    values = values + np.uint64(_GOLDEN)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def _process_rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:

@@ -46,6 +46,8 @@ class Field:
             raise DataError(f"column {self.key!r}: behaviours are ids; use kind 'quantile'")
         if not self.vocabulary:
             object.__setattr__(self, "vocabulary", self.name)
+        if "/" in self.vocabulary:
+            raise DataError(f"vocabulary {self.vocabulary!r} names a file; use no '/' in it")
 
     @property
     def key(self) -> str:
@@ -80,6 +82,7 @@ class Plan:
       min_count: values seen less often in training are out-of-vocabulary.
       valid_fraction: the share of the training range's requests, its last by time, that become
         valid, unless the impressions name a valid range themselves.
+      own_valid: the impressions must name it: without any of valid the log is refused.
     """
 
     fields: tuple[Field, ...]
@@ -92,6 +95,7 @@ class Plan:
     buckets: int = DEFAULT_BUCKETS
     min_count: int = 2
     valid_fraction: float = 0.05
+    own_valid: bool = False
 
     def __post_init__(self) -> None:
         if self.request not in ("event", "time", "key") or self.ties not in ("strict", "order"):

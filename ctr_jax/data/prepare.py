@@ -24,6 +24,7 @@ import duckdb
 from ml_collections import ConfigDict
 
 from ctr_jax.data.errors import DataError
+from ctr_jax.data.raw import distinct_names
 
 BUILDERS = {
     "alibaba": "ctr_jax.data.alibaba:Alibaba",
@@ -71,6 +72,25 @@ def prepare(config: ConfigDict, engine: Callable[..., Any] | None = None) -> Pat
     return directory
 
 
+def generate(config: ConfigDict) -> None:
+    """Writes the raw log that `config.generate` (of config.data) describes, unless it is there.
+
+    Raises:
+      DataError: the raw directory holds other files, or a size is impossible.
+    """
+    if config.get("generate") is None:
+        return
+    from ctr_jax.data import synthetic, synthetic_last_event
+
+    raw_dir, builder = Path(config.raw_dir), config.builder
+    with locked(raw_dir):
+        if builder in ("amazon", "taobao"):
+            log = synthetic_last_event.LastEventLog(**config.generate)
+            synthetic_last_event.generate(builder, raw_dir, log)
+        else:
+            synthetic.generate(raw_dir, synthetic.SyntheticConfig(**config.generate))
+
+
 def find_builder(name: str) -> type:
     """The builder class of `data.builder`."""
     if name not in BUILDERS:
@@ -93,7 +113,8 @@ def make_builder(builder_class: type, options: Mapping[str, Any], files: list[Pa
 def fingerprint(options: Mapping[str, Any], files: list[Path]) -> str:
     """12 hex digits over FORMAT, the options that matter, each raw file's name, size and mtime."""
     content = {k: v for k, v in options.items() if k not in _NOT_CONTENT}
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    names = distinct_names(files)
+    stats = [(names[p], p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     text = json.dumps([FORMAT, content, stats], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -128,20 +149,21 @@ def _short(error: Exception) -> str:
 
 
 def main() -> None:
-    from absl import app, flags
     from ml_collections import config_flags
 
+    from ctr_jax import command_line
+
     config_flag = config_flags.DEFINE_config_file("config", None, "The experiment's config file.")
-    flags.mark_flag_as_required("config")
 
     def run(argv: list[str]) -> None:
         del argv
         try:
+            generate(config_flag.value.data)
             print(prepare(config_flag.value.data))
         except DataError as error:
             raise SystemExit(f"error: {error}") from None
 
-    app.run(run)
+    command_line.run(run)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from ctr_jax import command_line
 from ctr_jax.data.errors import DataError
-from ctr_jax.data.prepare import prepare
+from ctr_jax.data.prepare import generate, prepare
 
 
 def prepare_beam(config: ConfigDict, shards: int, pipeline_flags: Sequence[str] = ()) -> Path:
@@ -50,13 +51,18 @@ def main() -> None:
 
     def parse(argv: Sequence[str]) -> list[str]:
         """Leaves the flags that are not ours to Beam."""
-        program, *rest = flags.FLAGS(argv, known_only=True)
+        try:
+            program, *rest = flags.FLAGS(argv, known_only=True)
+        except AttributeError as error:  # what ml_collections raises for an unknown field
+            message = command_line.unknown_field(command_line.page(argv), argv)
+            raise SystemExit(message) if message else error from None
         pipeline_flags.extend(rest)
         return [program]
 
     def run(argv: Sequence[str]) -> None:
         del argv
         try:
+            generate(config_flag.value.data)
             print(prepare_beam(config_flag.value.data, shards.value, pipeline_flags))
         except DataError as error:
             raise SystemExit(f"error: {error}") from None

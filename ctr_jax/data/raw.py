@@ -12,11 +12,13 @@ import csv
 import dataclasses
 import gzip
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow.parquet as pq
 
 from ctr_jax.data.errors import DataError
@@ -46,6 +48,8 @@ class RawTable:
       first: the rowid of each file's first row.
       columns: {column: DuckDB type}.
       header: whether CSV files begin with a header line.
+      rejected: {number of a CSV file: numbers of its rows, from 1, that are not in the table}; the
+        header and blank lines count.
     """
 
     name: str
@@ -53,6 +57,7 @@ class RawTable:
     first: list[int]
     columns: dict[str, str]
     header: bool = True
+    rejected: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def place(self, rowid: int) -> str:
         """ "file: line 12" or "file: row group 3, row 7" of a row, found by reading the file."""
@@ -68,9 +73,10 @@ class RawTable:
         with _open_text(path) as file:
             reader = csv.reader(file)
             wanted = row + int(self.header)
+            rejected = set(self.rejected.get(i, ()))
             seen = -1
-            for line in reader:
-                seen += bool(line)  # blank lines are no rows
+            for number, line in enumerate(reader, 1):
+                seen += bool(line) and number not in rejected  # blank lines are no rows
                 if seen == wanted:
                     return f"{path}: line {reader.line_num}"
         return f"{path}: row {row}"
@@ -94,6 +100,14 @@ def find_files(raw_dir: str | Path, patterns: str | Sequence[str]) -> list[Path]
     return found
 
 
+def distinct_names(files: Sequence[Path]) -> dict[Path, str]:
+    """What to call each file: its name, or its path below what all share where names repeat."""
+    if len({path.name for path in files}) == len(set(files)):
+        return {path: path.name for path in files}
+    shared = os.path.commonpath([path.parent for path in files])
+    return {path: os.path.relpath(path, shared) for path in files}
+
+
 def load(
     con: duckdb.DuckDBPyConnection,
     name: str,
@@ -113,9 +127,10 @@ def load(
 
     Args:
       columns: {column: DuckDB type} that must be there; others are left out. None = all columns
-        of the first file, which the other files must have too.
+        of the first file that has rows, which the other files must have too.
       types: overrides of inferred types (CSV without `columns`: BIGINT or DOUBLE where at least
-        99 % of the first 20,480 rows allow it, else VARCHAR).
+        99 % of the first 20,480 rows allow it, else VARCHAR; whole numbers are never DOUBLE, which
+        would merge ids of 17 digits and more).
       numeric: columns that are numbers if most of those rows are.
       nulls: CSV texts that mean missing.
       skip_files: with on_bad_row = "skip", leave out whole files that cannot be read.
@@ -130,6 +145,7 @@ def load(
         con, name, files, columns=columns, types=types, numeric=numeric, nulls=nulls, quote=quote,
         header=header,
     )  # fmt: skip
+    names = distinct_names(files)
     for path in files:
         have = file_columns(path) if header or path.suffix in PARQUET else list(table.columns)
         missing = [c for c in table.columns if c not in have]
@@ -149,7 +165,7 @@ def load(
                 )
                 report.setdefault("unreadable_files", []).append(str(error))
         rows = con.execute(f"SELECT count(*) FROM {name}").fetchone()[0] - table.first[-1]
-        report["rows"][path.name] = rows
+        report["rows"][names[path]] = rows
     return table
 
 
@@ -167,8 +183,16 @@ def create(
 ) -> RawTable:
     """Creates the table `name`, still without rows; see `load` for the options."""
     if not columns:
-        have = file_columns(files[0])
-        columns = _inferred(con, files[0], have, types or {}, numeric, nulls, quote)
+        found = (
+            _inferred(con, path, file_columns(path), types or {}, numeric, nulls, quote)
+            for path in files
+        )
+        columns = next(filter(None, found), None)
+    if not columns:
+        raise DataError(f"{files[0]}: no rows, only a header")
+    # DuckDB has a `rowid` of its own, which places every row, and `filename` is added here.
+    if taken := [c for c in columns if c.lower() in ("rowid", "filename")]:
+        raise DataError(f"{files[0]}: a column cannot be called {taken[0]!r} here; rename it")
     definition = ", ".join(f"{sql_name(c)} {t}" for c, t in columns.items())
     con.execute(f"CREATE OR REPLACE TABLE {name} ({definition}, filename VARCHAR)")
     return RawTable(name, list(files), [], dict(columns), header)
@@ -196,7 +220,8 @@ def _insert_parquet(con: duckdb.DuckDBPyConnection, table: RawTable, path: Path)
     select = ", ".join(f"CAST({sql_name(c)} AS {t})" for c, t in table.columns.items())
     try:
         con.execute(
-            f"INSERT INTO {table.name} SELECT {select}, ? FROM read_parquet(?)",
+            f"INSERT INTO {table.name} SELECT {select}, ? FROM "
+            "read_parquet(?, hive_partitioning = false)",
             [path.name, str(path)],
         )
     except duckdb.Error as error:
@@ -247,6 +272,8 @@ def _insert_csv(
         raise DataError(f"{path}: truncated or corrupt: {_line(error)}") from error
     counts = {}
     if _has_rejects(con):
+        lines = con.execute("SELECT DISTINCT line FROM reject_errors").fetchnumpy()["line"]
+        table.rejected[len(table.first) - 1] = lines.astype(np.int64)
         counts = dict(
             con.execute(
                 "SELECT CAST(error_type AS VARCHAR), count(DISTINCT line) FROM reject_errors "
@@ -325,31 +352,55 @@ def _inferred(
     nulls: Sequence[str],
     quote: str,
 ) -> dict[str, str]:
-    """Column types of a file: parquet's own, or CSV columns judged by their first rows."""
+    """Column types of a file: parquet's own, or CSV columns judged by their first rows.
+
+    {} if there are none: types that nothing tells would not be those of the other files.
+    Where all of them are malformed, every column is a text, and loading names the first.
+    """
     if path.suffix in PARQUET:
-        described = con.execute("DESCRIBE SELECT * FROM read_parquet(?)", [str(path)]).fetchall()
+        described = con.execute(
+            "DESCRIBE SELECT * FROM read_parquet(?, hive_partitioning = false)", [str(path)]
+        ).fetchall()
         return {row[0]: types.get(row[0], row[1]) for row in described}
     texts = dict.fromkeys(have, "VARCHAR")
     sample = f"(SELECT * FROM {_reader(path, texts, nulls, quote, True)('ignore_errors = true')} "
     sample += f"LIMIT {_SAMPLE_ROWS})"
     # A cast alone would not do: '1.5' casts to BIGINT, as 2.
+    digits = "regexp_full_match({c}, '\\s*[+-]?\\d+\\s*')"
+    shares = (
+        f"count(*) FILTER ({digits})",
+        f"count(TRY_CAST({{c}} AS BIGINT)) FILTER ({digits})",
+        "count(TRY_CAST({c} AS DOUBLE))",
+    )
     fits = ", ".join(
-        f"count(*) FILTER (regexp_full_match({sql_name(c)}, '\\s*[+-]?\\d{{1,18}}\\s*')) "
-        f"/ nullif(count({sql_name(c)}), 0), "
-        f"count(TRY_CAST({sql_name(c)} AS DOUBLE)) / nullif(count({sql_name(c)}), 0)"
+        f"{share.format(c=sql_name(c))} / nullif(count({sql_name(c)}), 0)"
         for c in have
+        for share in shares
     )
     try:
-        answers = con.execute(f"SELECT {fits} FROM {sample}").fetchone()
+        rows, *answers = con.execute(f"SELECT count(*), {fits} FROM {sample}").fetchone()
     except duckdb.Error as error:
         raise DataError(f"{path}: truncated or corrupt: {_line(error)}") from error
+    if not rows and _is_header_alone(path):
+        return {}
     found = {}
     for i, column in enumerate(have):
-        whole, real = (share or 0.0 for share in answers[2 * i : 2 * i + 2])
+        whole, fit, real = (share or 0.0 for share in answers[3 * i : 3 * i + 3])
         enough = _MOST if column in numeric else _NEARLY_ALL
-        kind = "BIGINT" if whole >= enough and whole == real else "DOUBLE"
-        found[column] = types.get(column, kind if real >= enough else "VARCHAR")
+        kind = "DOUBLE" if real >= enough else "VARCHAR"
+        if whole >= enough and whole == real:
+            # An id that is too large is an id all the same; a time or label that is, is wrong.
+            all_fit = fit == whole or (column in numeric and fit >= enough)
+            kind = "BIGINT" if all_fit else "VARCHAR"
+        found[column] = types.get(column, kind)
     return found
+
+
+def _is_header_alone(path: Path) -> bool:
+    with _open_text(path) as file:
+        reader = csv.reader(file)
+        next(reader, None)
+        return not any(reader)
 
 
 def _open_text(path: Path) -> io.TextIOBase:

@@ -70,8 +70,8 @@ def find_bounds(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, float |
       {"valid_from": first order_time of the valid tail (None if the log names its own valid
       range), "behaviours_before": the bound of behaviours_fit (None if the plan has its own)}.
     """
-    own_valid = con.execute("SELECT count(*) FROM moments WHERE \"range\" = 'valid'").fetchone()[0]
-    valid_from = None if own_valid else _tail_start(con, plan.valid_fraction)
+    named = con.execute("SELECT count(*) FROM moments WHERE \"range\" = 'valid'").fetchone()[0]
+    valid_from = None if plan.own_valid or named else _tail_start(con, plan.valid_fraction)
     bound = None
     if not plan.fit_behaviours:
         held_out = "\"range\" IN ('valid', 'test')"

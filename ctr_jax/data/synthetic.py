@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from ctr_jax.data.synthetic_users import (
 
 BLOCK_USERS = 500  # users in memory at a time; changes the order of rows, never the rows
 MARKER, ORACLE = "synthetic.json", "oracle.parquet"
+_AUC_COLUMNS = ["time_stamp", "clk", "probability"]  # of the oracle
 HEADERS = {
     "raw_sample.csv": "user,time_stamp,adgroup_id,pid,nonclk,clk",
     "ad_feature.csv": "adgroup_id,cate_id,campaign_id,customer,brand,price",
@@ -157,7 +158,8 @@ def generate(out_dir: str | Path, config: SyntheticConfig) -> dict[str, object]:
     marker.write_text(json.dumps({"hash": "", "note": "being written"}))
     for name in (*HEADERS, ORACLE):
         os.replace(partial / name, out / name)
-    aucs = {split: oracle_auc(out, split) for split in ("train", "test")}
+    oracle = read_oracle(out, _AUC_COLUMNS)
+    aucs = {split: _split_auc(oracle, split) for split in ("train", "test")}
     counts["oracle_auc"] = {s: None if np.isnan(a) else round(a, 6) for s, a in aucs.items()}
     partial.rmdir()
     temporary = out / (MARKER + ".new")
@@ -297,10 +299,14 @@ def _oracle_table(samples: dict[str, np.ndarray], raw_id: np.ndarray) -> pa.Tabl
     return pa.table({**columns, **parts})
 
 
-def read_oracle(raw_dir: str | Path) -> dict[str, np.ndarray]:
+def read_oracle(raw_dir: str | Path, columns: list[str] | None = None) -> dict[str, np.ndarray]:
     """{"user", "time_stamp", "clk", "probability", "part/<effect>"}: one value per row of
-    raw_sample.csv, in its order. A part is the effect's share of the logit."""
-    table = pq.read_table(Path(raw_dir) / ORACLE)
+    raw_sample.csv, in its order. A part is the effect's share of the logit.
+
+    Args:
+      columns: the columns to read; None = all.
+    """
+    table = pq.read_table(Path(raw_dir) / ORACLE, columns=columns)
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
@@ -313,13 +319,18 @@ def oracle_auc(raw_dir: str | Path, split: str = "test", rows: np.ndarray | None
     Raises:
       DataError: an unknown split, or rows of one class only.
     """
-    oracle = read_oracle(raw_dir)
+    oracle = read_oracle(raw_dir, _AUC_COLUMNS)
+    if rows is None:
+        return _split_auc(oracle, split)
+    return _auc(oracle["clk"][rows], oracle["probability"][rows])
+
+
+def _split_auc(oracle: Mapping[str, np.ndarray], split: str) -> float:
     late = oracle["time_stamp"] >= FIRST_DAY + TEST_DAY * 86400
     splits = {"train": ~late, "test": late, "all": np.ones(len(late), bool)}
-    if rows is None and split not in splits:
+    if split not in splits:
         raise DataError(f"split {split!r}: want one of {', '.join(splits)}")
-    rows = splits[split] if rows is None else rows
-    return _auc(oracle["clk"][rows], oracle["probability"][rows])
+    return _auc(oracle["clk"][splits[split]], oracle["probability"][splits[split]])
 
 
 def _auc(label: np.ndarray, score: np.ndarray) -> float:

@@ -146,8 +146,9 @@ class Dense:
         if self.edges is not None:
             ids = FIRST_KNOWN + np.searchsorted(self.edges, values, side="right")
             return np.where(np.isnan(values), MISSING, ids).astype(np.int32)
-        standard = (values - self.mean) / self.scale
-        return np.where(np.isnan(values), 0, standard).astype(np.float32)
+        known = np.isfinite(values)  # as in the fit
+        standard = (np.where(known, values, self.mean) - self.mean) / self.scale
+        return np.where(known, standard, 0).astype(np.float32)
 
 
 def fit_quantiles(
@@ -246,6 +247,11 @@ def write_buckets(dense: Dense, counts: list[int], name: str, directory: Path) -
     return path
 
 
+def _texts(values: list[str]) -> np.ndarray:
+    """[N] texts of any length; an array of np.str_ is everywhere as wide as its longest text."""
+    return np.array(values, np.dtypes.StringDType())
+
+
 class Vocabulary:
     """A fitted vocabulary in memory, for encoding outside the database and at serving time."""
 
@@ -266,8 +272,10 @@ class Vocabulary:
         values = table["value"]
         if pa.types.is_floating(values.type):
             raise DataError(f"{path} holds the edges of quantile buckets; use Dense")
-        numpy_type = np.int64 if pa.types.is_integer(values.type) else np.str_
-        return cls(np.asarray(values.to_pylist(), numpy_type), table["id"].to_numpy())
+        whole = pa.types.is_integer(values.type)
+        return cls(
+            values.to_numpy() if whole else _texts(values.to_pylist()), table["id"].to_numpy()
+        )
 
     @property
     def sql_type(self) -> str:
@@ -275,6 +283,8 @@ class Vocabulary:
 
     def encode(self, values: np.ndarray, missing: np.ndarray | None = None) -> np.ndarray:
         """Ids of values of any shape: [...] int32; unknown values are 1, those of `missing` 2."""
+        if self.sql_type == "VARCHAR":
+            values = values.astype(self._values.dtype, copy=False)
         ids = np.full(values.shape, OOV, np.int32)
         if len(self._values):
             at = np.minimum(np.searchsorted(self._values, values), len(self._values) - 1)
@@ -287,7 +297,7 @@ class Vocabulary:
         if pa.types.is_integer(column.type):
             return self.encode(column.fill_null(0).to_numpy(), missing)
         distinct = column.dictionary_encode()
-        ids = self.encode(np.asarray(distinct.dictionary.to_pylist() or [""], np.str_))
+        ids = self.encode(_texts(distinct.dictionary.to_pylist() or [""]))
         return np.where(missing, MISSING, ids[distinct.indices.fill_null(0).to_numpy()])
 
 

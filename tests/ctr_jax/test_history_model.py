@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import laser_jax.model
 from baselines_jax import base, din, hstu, transformer, twin
-from ctr_jax import history_model
+from ctr_jax import history_model, query_tiles
 from kernels import dispatch
 from tests.lrea_jax.cases import QUICK, SPEC, batch_of, changed
 
@@ -114,3 +114,32 @@ def test_few_requests_at_a_time_give_the_same_values_and_gradients(name, monkeyp
             got, tiled_loops = run()
         assert tiled_loops >= loops + 2  # forward and backward
         jax.tree.map(close, got, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["hstu", *(pytest.param(n, marks=pytest.mark.slow) for n in ("twin", "transformer"))]
+)
+def test_each_device_goes_through_its_own_requests(name, monkeypatch):
+    """With an accelerator's tiles, of which its batch makes several: else the loop over requests
+    would have every device gather, and do, all of them."""
+    monkeypatch.setattr(history_model, "TILE_BYTES", {})
+    monkeypatch.setattr(query_tiles, "TILE_BYTES", {"cpu": 256})
+    _, variables, embedded = built(name, lengths=(7, 5, 3, 1, 7, 6, 0, 2))
+    module = MODULES[name]
+    config = module.default_config()
+    config.update(embedding_width=3, width=8, head_hidden=(6,), **CHANGED.get(name, {}))
+    model, _ = module.build(config, SPEC)
+
+    def loss(variables, vectors):
+        return jnp.sum(model.apply(variables, embedded.replace(vectors=vectors), False)[0] ** 2)
+
+    expected = jax.jit(jax.grad(loss, (0, 1)))(variables, embedded.vectors)
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh), dispatch.scope("auto", ("data",)):
+        split = NamedSharding(mesh, PartitionSpec("data"))
+        variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+        arguments = variables, jax.device_put(embedded.vectors, split)
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile()
+        got = compiled(*arguments)
+    assert "all-gather" not in compiled.as_text()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, expected)

@@ -17,6 +17,7 @@ PAGES = {
     "LREA, decompressed": ("lrea_amazon", ""),
     "DIN-long": ("din_amazon", ""),
     "DIN": ("din_alibaba", "demo"),
+    "LASER without context columns": ("laser_movielens", "laser"),
     **{row: ("laser_alibaba", f"{row},demo") for row in ("laser", "twin", "hstu", "transformer")},
 }
 

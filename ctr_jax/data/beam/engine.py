@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions
 
 import seqvault
+from ctr_jax.data import raw, vocabulary
 from ctr_jax.data import requests as requests_lib
-from ctr_jax.data import vocabulary
 from ctr_jax.data.beam import rows, shards
 from ctr_jax.data.beam.merging import merged
 from ctr_jax.data.builder import SCRATCH, VOCABULARIES, PreparedBuilder, Report, check_splits
@@ -109,17 +109,21 @@ def _parse(job: rows.Job, report: Report, flags: Sequence[str]) -> rows.Job:
             | "write rows" >> beam.ParDo(rows.WriteRows(job))
         )
     first: dict[str, list[int]] = {name: [] for name in job.tables}
+    rejected: dict[str, dict[int, np.ndarray]] = {name: {} for name in job.tables}
     total = Counter()
+    names = {t.name: raw.distinct_names(t.files) for t in job.tables.values()}
     for name, i in files:
         result = json.loads(job.result(f"parse-{name}-{i}").read_text())
         if "error" in result:
             raise DataError(result["error"])
         first[name].append(total[name])
-        total[name] += sum(result["rows"].values())
-        report["rows"] |= result["rows"]
+        rejected[name][i] = np.asarray(result["rejected"], np.int64)
+        rows_read = sum(result["rows"].values())
+        total[name] += rows_read
+        report["rows"][names[name][job.tables[name].files[i]]] = rows_read
         _add(report["skipped"], result["skipped"])
     tables = {
-        name: dataclasses.replace(table, first=tuple(first[name]))
+        name: dataclasses.replace(table, first=tuple(first[name]), rejected=rejected[name])
         for name, table in job.tables.items()
     }
     return dataclasses.replace(job, tables=tables)

@@ -21,6 +21,7 @@ from typing import Any
 
 import apache_beam as beam
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -38,10 +39,11 @@ class Table:
     """A raw table as the builder asks for it.
 
     Attributes:
-      columns: {column: DuckDB type}, those of its first file where they are inferred.
+      columns: {column: DuckDB type}; see raw.load where they are inferred.
       how: the other options of raw.load.
       user: SQL of the user that a row belongs to; "" = every worker needs the row.
       first: the rowid of each file's first row, once the files are parsed.
+      rejected: as of RawTable, likewise.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Table:
     how: Mapping[str, Any]
     user: str
     first: tuple[int, ...] = ()
+    rejected: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +141,11 @@ class ParseFile(beam.DoFn):
         with local_database(self.job.options) as con:
             try:
                 path = table.files[number]
-                raw.load(con, name, [path], report, columns=table.columns, **table.how)
+                loaded = raw.load(con, name, [path], report, columns=table.columns, **table.how)
             except DataError as error:
                 report["error"] = str(error)
             else:
+                report["rejected"] = loaded.rejected.get(0, np.empty(0)).tolist()
                 yield from self._batches(con, table, number)
         write_result(self.job.result(f"parse-{name}-{number}"), report)
 
@@ -207,7 +211,9 @@ def open_shard(job: Job, shard: int, con: duckdb.DuckDBPyConnection, report: Rep
             types = ", ".join(f"{raw.sql_name(c)} {t}" for c, t in table.columns.items())
             con.execute(f"CREATE TABLE {name} ({types}, filename VARCHAR, rowid BIGINT)")
         header = table.how.get("header", True)
-        return raw.RawTable(name, list(files), list(table.first), dict(table.columns), header)
+        return raw.RawTable(
+            name, list(files), list(table.first), dict(table.columns), header, dict(table.rejected)
+        )
 
     builder.read_table = read_table
     builder.load(con, report)

@@ -120,6 +120,25 @@ def test_a_malformed_row_gets_the_same_message(tmp_path):
     assert messages[0] == messages[1]
 
 
+def test_a_line_behind_skipped_ones_gets_the_same_message(tmp_path):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "csv", parts=2)
+    lines = ["user,age", "x,y,z", *(f"{user},20" for user in range(100, 120)), "105,30"]
+    (tmp_path / "raw" / "users.csv").write_text("\n".join(lines))
+    options = {"events": "events-*.csv", "users": "users.csv", "on_bad_row": "skip"}
+    for run in (prepare, lambda c: prepare_beam(c, 2)):
+        with pytest.raises(DataError, match=r"users.csv: line 23: user 105 occurs twice"):
+            run(test_events.config(tmp_path, **options))
+
+
+@pytest.mark.slow
+def test_files_of_one_name_in_several_folders(tmp_path):
+    log = raw_logs.draw(0)
+    for name, part in (("a", log["events"][:100]), ("b", log["events"][100:])):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        raw_logs.write_rows(tmp_path / "raw" / name / "part-0.parquet", part)
+    compare(test_events.config(tmp_path, events="*/part-*.parquet"), tmp_path, (3,))
+
+
 @pytest.mark.slow
 def test_a_run_that_dies_leaves_nothing_that_is_accepted(tmp_path, monkeypatch):
     raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "parquet")

@@ -12,6 +12,7 @@ from ctr_jax.data import eleme
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.prepare import prepare
 from ctr_jax.data.records import PreparedData
+from ctr_jax.data.vocabulary import Vocabulary
 
 DAY1 = 3  # weekday of day 1, 0 = Monday
 MEALS = ("breakfast", "lunch", "tea", "dinner", "night")
@@ -212,3 +213,35 @@ def test_files_need_a_day(tmp_path):
     with pytest.raises(DataError, match=r"Dlast.csv: no day in the name"):
         prepare(config(tmp_path))
     prepare(config(tmp_path, days={"Dlast.csv": 8}))
+
+
+def test_a_history_of_one_behaviour_may_lack_its_item(tmp_path):
+    rows = draw(5)
+    [row] = [r for r in rows if r["day"] == 2][:1]
+    for column in [*LISTS.values(), "price_list", "timediff_list"]:
+        row[column] = "7"
+    row.update(item_id_list="-1", shop_id_list="1", hours_list="", timediff_list="60")
+    write(tmp_path / "raw", rows)
+    data = PreparedData.open(prepare(config(tmp_path, min_count=1)))
+    ids = Vocabulary.load(data.path / "vocabularies" / "shop.parquet")
+    found = [
+        record
+        for split in ("train", "valid")
+        for record in data.split(split).records(np.arange(len(data.split(split))))
+        if record["num_behaviours"] == 1 and record["behaviour/item"][-1] == 2
+    ]
+    assert len(found) == 1
+    assert found[0]["behaviour/shop"][-1] == ids.encode(np.array("1"))
+    assert found[0]["behaviour/hours"][-1] == 2
+    assert found[0]["behaviour_time"][-1] == found[0]["request_time"] - 3600
+
+
+@pytest.mark.parametrize("ages", ["60;120", ""])
+def test_an_item_list_of_another_length_than_its_ages_is_a_bad_row(tmp_path, ages):
+    rows = draw(5)
+    number, row = next((n, r) for n, r in enumerate(rows) if len(r["timediff_list"]) > 20)
+    line = number - rows.index(next(r for r in rows if r["day"] == row["day"])) + 1
+    row.update(item_id_list="" if ages else "7", timediff_list=ages)
+    write(tmp_path / "raw", rows)
+    with pytest.raises(DataError, match=rf"D{row['day']}_0.csv: line {line}: lists of different"):
+        prepare(config(tmp_path, timediff=(60.0, 1)))

@@ -229,7 +229,7 @@ def test_only_some_events_are_behaviours_milliseconds_and_own_valid_range(tmp_pa
             time_unit="ms",
             is_behaviour="rating >= 4",
             train="ts < 1000400000",
-            valid="ts < 1000600000",
+            valid="ts >= 1000400000 AND ts < 1000600000",
             test="ts >= 1000600000",
         )
     )

@@ -8,15 +8,21 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 
 from ctr_jax.data import builder as builder_lib
 from ctr_jax.data import histories as histories_lib
+from ctr_jax.data import prepare as prepare_lib
 from ctr_jax.data import requests as requests_lib
+from ctr_jax.data import synthetic
 from ctr_jax.data.prepare import prepare
 from ctr_jax.data.records import PreparedData
 from ctr_jax.data.report import Histogram, table
@@ -172,6 +178,82 @@ def test_vocabulary_encodes_like_the_records(tmp_path):
     found = tabs.encode(np.array([e["tab"] or "" for e in tests]), missing)
     np.testing.assert_array_equal(found, records["context/tab"])
     assert tabs.encode(np.array([["zzz"]])).tolist() == [[1]]
+
+
+def test_one_long_text_does_not_widen_a_vocabulary(tmp_path):
+    values = np.array(["x" * 100_000, *(f"item{i}" for i in range(2000))], object)
+    ids = np.arange(3, 3 + len(values), dtype=np.int32)
+    path = tmp_path / "item.parquet"
+    pq.write_table(pa.table({"value": pa.array(values), "id": ids, "count": ids}), path)
+    tracemalloc.start()
+    try:
+        vocabulary = Vocabulary.load(path)
+        found = vocabulary.encode_column(pa.array([*values, None, "item", "item7\0"]))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.tolist() == [*ids, 2, 1, 1]
+    assert peak < 10e6  # as wide as its longest text everywhere, each array would be 800 MB
+
+
+LOGS = {
+    "alibaba": {"users": 40, "behaviours": 60, "sessions": 4},
+    "amazon": {"users": 50, "behaviours": 10.0, "items": 100, "categories": 5},
+}
+
+
+@pytest.mark.parametrize("builder", LOGS)
+def test_a_log_is_generated_where_its_options_say_so(tmp_path, builder):
+    data = {"builder": builder, "raw_dir": str(tmp_path / "new" / "raw"), "generate": LOGS[builder]}
+    prepare_lib.generate(ConfigDict(data))
+    prepare_lib.generate(ConfigDict({**data, "generate": None}))
+    path = prepare({**data, "prepared_dir": str(tmp_path / "prepared")})
+    assert len(PreparedData.open(path).split("test")) > 0
+
+
+def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"ctr_jax.data.{module}", *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+
+
+PAGE = """
+from ml_collections import ConfigDict
+def get_config():
+    return ConfigDict({"name": "small", "data": %r})
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["prepare", pytest.param("prepare_beam", marks=pytest.mark.slow)]
+)
+def test_the_programs_generate_prepare_and_name_unknown_fields(tmp_path, module):
+    data = {"builder": "alibaba", "generate": LOGS["alibaba"], "min_count": 2}
+    data.update(raw_dir=str(tmp_path / "raw"), prepared_dir=str(tmp_path / "prepared"))
+    page = tmp_path / "page.py"
+    page.write_text(PAGE % data)
+    done = run_module(module, f"--config={page}", "--config.data.min_counts=3")
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == (
+        "--config.data.min_counts: small has no such field; did you mean --config.data.min_count?"
+    )
+    if module == "prepare_beam":
+        pytest.importorskip("apache_beam", reason="Apache Beam is not installed")
+    done = run_module(module, f"--config={page}", "--config.data.min_count=3")
+    assert done.returncode == 0, done.stderr[-2000:]
+    PreparedData.open(Path(done.stdout.splitlines()[-1]))
+
+
+def test_the_true_probabilities_alone_are_read_for_their_auc(tmp_path, monkeypatch):
+    read = []
+    table = synthetic.pq.read_table
+
+    def read_table(path, columns=None):
+        read.append(columns)
+        return table(path, columns=columns)
+
+    monkeypatch.setattr(synthetic.pq, "read_table", read_table)
+    counts = synthetic.generate(tmp_path, synthetic.SyntheticConfig(**LOGS["alibaba"]))
+    assert read == [["time_stamp", "clk", "probability"]]
+    assert counts["oracle_auc"]["test"] == pytest.approx(synthetic.oracle_auc(tmp_path), abs=1e-6)
 
 
 def test_histogram_and_table():
