@@ -32,7 +32,7 @@ from seqvault.querying import (
     user_ids,
 )
 from seqvault.reading import Layout
-from seqvault.schema import DEFAULT, TIME, Schema, checked_columns, words_of
+from seqvault.schema import DEFAULT, TIME, Schema, check_evolution, checked_columns, words_of
 from seqvault.unpacking import FIRST, PREVIOUS, REACHED, RESULTS, STATUS, TAKEN
 from seqvault.writing import BLOCK_ROWS, cuts, kept_rows
 
@@ -174,6 +174,8 @@ class BackendVault:
                 rights[at], layout.wanted, plan, buffer, results,
             )  # fmt: skip
             bad = results[:, STATUS] != 0
+            if older:  # a chain must lead to older rows
+                bad |= results[:, FIRST] >= first[at]
             if bad.any():
                 wrong = users[at[bad]].tolist()
                 raise DamagedError(f"the history of user {wrong[0]} is damaged", tuple(wrong))
@@ -284,7 +286,7 @@ class BackendVault:
         (block,) = self._backend.get_blocks([self._schemas_key])
         if block is not None:
             self._adopt(block)
-        self.schema.check_successor(schema)
+        check_evolution(self._schemas, schema)
         self._write_schemas([*self._schemas, schema])
 
     def _write_schemas(self, schemas: Sequence[Schema]) -> None:

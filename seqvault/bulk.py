@@ -46,6 +46,17 @@ def user_runs(
         yield users[:1], np.array([0, len(users)]), carry
 
 
+def check_event_ids(users: np.ndarray, edges: np.ndarray, ids: np.ndarray) -> None:
+    """Raises VaultError if a user has an event id twice: a bulk load drops nothing."""
+    owners = np.repeat(np.arange(len(users)), np.diff(edges))
+    order = np.lexsort([ids, owners])
+    ids, owners = ids[order], owners[order]
+    twice = (ids[1:] == ids[:-1]) & (owners[1:] == owners[:-1])
+    if twice.any():
+        i = int(twice.argmax())
+        raise VaultError(f"user {users[owners[i]]} has the event id {ids[i]} twice")
+
+
 def _checked(block: Mapping[str, np.ndarray], schema: Schema, row: int) -> dict[str, np.ndarray]:
     """The block's columns in their schema types."""
     wanted = {USER: np.dtype(np.int64), **schema.stored}

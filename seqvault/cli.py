@@ -5,9 +5,10 @@
     seqvault bench PATH                 warm and cold lookups of random users
     seqvault load PATH FILE...          sorted columns of .parquet or .npz files into a vault
 
-`load` makes the vault if there is none, from `--columns item:int32,action:uint8`; the files have
-those columns beside `user` and `time`. They must be sorted by (user, time) and hold users that the
-stream does not have, which is fastest; `--append` takes any.
+`load` makes the vault if there is none, from `--columns item:int32,action:uint8`; one that is there
+must have the columns given. The files have those columns beside `user` and `time`. They must be
+sorted by (user, time) and hold users that the stream does not have, which is fastest; `--append`
+takes any.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import json
 import os
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from seqvault.errors import VaultError
-from seqvault.manifest import read_manifest
+from seqvault.manifest import COPY, MANIFEST, read_manifest
 from seqvault.schema import DEFAULT, TIME, Schema
 from seqvault.snapshot import Snapshot
 from seqvault.vault import Vault
@@ -42,9 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("inspect", "verify", "bench", "load"):
         commands.add_parser(name).add_argument("path", type=Path)
     bench, load = commands.choices["bench"], commands.choices["load"]
-    bench.add_argument("--n", type=int, default=1000, help="behaviours per lookup")
-    bench.add_argument("--batch", type=int, default=256, help="users per batched lookup")
-    bench.add_argument("--lookups", type=int, default=2000)
+    bench.add_argument("--n", type=_positive, default=1000, help="behaviours per lookup")
+    bench.add_argument("--batch", type=_positive, default=256, help="users per batched lookup")
+    bench.add_argument("--lookups", type=_positive, default=2000)
     bench.add_argument("--stream", default=DEFAULT)
     load.add_argument("files", type=Path, nargs="+")
     load.add_argument("--columns", help="name:dtype,... of a new vault")
@@ -58,6 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (VaultError, OSError) as error:
         print(f"seqvault: {error}", file=sys.stderr)
         return 2
+
+
+def _positive(text: str) -> int:
+    """A number from the command line; argparse tells the user if it raises."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return int(text)
 
 
 def _open(path: Path) -> Vault | Snapshot:
@@ -128,15 +138,20 @@ def _forget(path: Path) -> None:
 
 
 def _load(options: argparse.Namespace) -> int:
-    if options.path.exists():
+    pairs = [column.partition(":")[::2] for column in (options.columns or "").split(",") if column]
+    if any((options.path / name).exists() for name in (MANIFEST, COPY)):
         vault = Vault.open(options.path, write=True)
-    elif options.columns:
-        pairs = [column.partition(":")[::2] for column in options.columns.split(",")]
+    elif pairs:
         schema = Schema(dict(pairs), event_id=options.event_id)
         vault = Vault.create(options.path, schema, (options.stream,))
     else:
         raise VaultError(f"{options.path}: no vault there; give --columns to make one")
     with vault:
+        if pairs and Schema(dict(pairs)).columns != vault.schema.columns:
+            found = {name: dtype.name for name, dtype in vault.schema.columns.items()}
+            raise VaultError(f"{options.path} has other columns: {found}")
+        if options.event_id not in (None, vault.schema.event_id):
+            raise VaultError(f"{options.path} has another event id: {vault.schema.event_id}")
         names = (USER, *vault.schema.stored)
         blocks = (block for file in options.files for block in _blocks(file, names))
         start = time.perf_counter()
@@ -157,10 +172,7 @@ def _load(options: argparse.Namespace) -> int:
 def _blocks(file: Path, names: tuple[str, ...]) -> Iterator[Mapping[str, np.ndarray]]:
     """The named columns of a .parquet or .npz file, in blocks."""
     if file.suffix == ".npz":
-        with np.load(file, allow_pickle=False) as arrays:
-            if missing := sorted(set(names) - set(arrays.files)):
-                raise VaultError(f"{file}: no columns {missing}")
-            columns = {name: arrays[name] for name in names}
+        columns = _arrays(file, names)
         for start in range(0, len(columns[TIME]), _BATCH_ROWS):
             yield {name: c[start : start + _BATCH_ROWS] for name, c in columns.items()}
         return
@@ -176,6 +188,21 @@ def _blocks(file: Path, names: tuple[str, ...]) -> Iterator[Mapping[str, np.ndar
             yield {name: batch[name].to_numpy(zero_copy_only=False) for name in names}
     except pyarrow.ArrowException as error:
         raise VaultError(f"{file}: cannot be read ({error})") from None
+
+
+def _arrays(file: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The named columns of an .npz file."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            if missing := sorted(set(names) - set(arrays.files)):
+                raise VaultError(f"{file}: no columns {missing}")
+            columns = {name: arrays[name] for name in names}
+    except (ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
+        raise VaultError(f"{file}: cannot be read ({e})") from None
+    for name, values in columns.items():
+        if values.ndim != 1:
+            raise VaultError(f"{file}: column {name!r} has shape {values.shape}")
+    return columns
 
 
 if __name__ == "__main__":

@@ -22,7 +22,15 @@ class DamagedError(VaultError):
 
 
 class MissingError(VaultError):
-    """A segment file is not there: lost, or reclaimed since the index was read."""
+    """A segment file is not there: lost, or reclaimed since the index was read.
+
+    Attributes:
+      users: the users who have a part there, where it was met by reading them.
+    """
+
+    def __init__(self, message: str, users: tuple[int, ...] = ()):
+        super().__init__(message)
+        self.users = users
 
 
 @dataclasses.dataclass(frozen=True)

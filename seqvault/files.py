@@ -46,7 +46,8 @@ class File:
         """Appends all of `data` and returns its offset; it survives the death of this process.
 
         Raises:
-          OSError: the disk is full or fails; what was written in part is cut off again.
+          OSError: the disk is full or fails; what was written in part is cut off again, or `size`
+            counts it, if even that fails.
         """
         offset, view = self.size, memoryview(data)
         try:
@@ -54,7 +55,10 @@ class File:
             while done < len(view):
                 done += os.pwrite(self.fd, view[done:], offset + done)
         except OSError:
-            os.ftruncate(self.fd, offset)
+            try:
+                os.ftruncate(self.fd, offset)
+            except OSError:
+                self.size = os.fstat(self.fd).st_size
             raise
         self.size = offset + len(view)
         return offset

@@ -56,12 +56,16 @@ def frame(kind: int, payload: bytes) -> bytes:
     return head[:-4] + struct.pack("<I", zlib.crc32(head[:-4])) + payload
 
 
-def read(data: bytes, name: str, base: int = 0) -> tuple[list[Record], list[Damage], int]:
+def read(
+    data: bytes, name: str, base: int = 0, more: bool = False
+) -> tuple[list[Record], list[Damage], int]:
     """The whole records of `data`, which starts at byte `base` of the log file `name`.
 
+    Args:
+      more: whether the file goes on behind `data`: what only the bytes there can tell is left.
     Returns:
       (records, damages, end): `end` is where the next record belongs, counted from the file's
-      start; bytes behind it are a torn record.
+      start; bytes behind it are a torn record or, with `more`, to be read with those that follow.
     """
     records: list[Record] = []
     damages: list[Damage] = []
@@ -69,20 +73,21 @@ def read(data: bytes, name: str, base: int = 0) -> tuple[list[Record], list[Dama
     while at < len(data):
         head = data[at : at + _HEADER.size]
         if len(head) < _HEADER.size:
-            if not MAGIC.startswith(head[: len(MAGIC)]) and head.strip(b"\0"):
+            if not more and not MAGIC.startswith(head[: len(MAGIC)]) and head.strip(b"\0"):
                 damages.append(Damage(name, base + at, "not the start of a record"))
                 at = len(data)
             break
         size = _header_size(head)
         if size is None:
-            if not data[at:].strip(b"\0"):  # room that a file system gave and no write reached
-                break
+            resumed = _next_header(data, at + 1)
+            if resumed == len(data) and (more or not data[at:].strip(b"\0")):
+                break  # or it is room that a file system gave and no write reached
             damages.append(Damage(name, base + at, "a record's header does not match its checksum"))
-            at = _next_header(data, at + 1)
+            at = resumed
             continue
         end = at + _HEADER.size + size
         if end > len(data):
-            if (resumed := _next_header(data, at + 1)) < len(data):
+            if not more and (resumed := _next_header(data, at + 1)) < len(data):
                 damages.append(Damage(name, base + at, "a record is cut short"))
                 at = resumed
                 continue

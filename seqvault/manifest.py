@@ -6,6 +6,7 @@ is enough to open; a damaged one is named.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -17,6 +18,7 @@ from seqvault.files import Files
 FORMAT, FORMAT_VERSION = "seqvault", 2
 MANIFEST, COPY = "MANIFEST", "MANIFEST.copy"
 BUILDING = ".building"  # the suffix of a directory that a build has not finished
+DIFFERS = "it is not a copy of the manifest"
 _MAX_BYTES = 1 << 26
 
 
@@ -62,8 +64,8 @@ def read_manifest(directory: Path) -> tuple[dict, list[Damage]]:
 
 
 def check_copies(directory: Path) -> list[Damage]:
-    """What is damaged of either copy."""
-    damages = []
+    """What is damaged of either copy, or that they are not of the same checkpoint."""
+    damages, whole = [], []
     for name in (MANIFEST, COPY):
         try:
             data = (directory / name).read_bytes()
@@ -72,7 +74,23 @@ def check_copies(directory: Path) -> list[Damage]:
             continue
         if _parse(data) is None:
             damages.append(Damage(name, 0, "it does not match its checksum"))
+        else:
+            whole.append(data)
+    if len(whole) == 2 and whole[0] != whole[1]:
+        damages.append(Damage(COPY, 0, DIFFERS))
     return damages
+
+
+def repair_copies(files: Files, directory: Path) -> None:
+    """Makes both copies what `read_manifest` reads, before files that the other names may go."""
+    found = {}
+    for name in (MANIFEST, COPY):
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = (directory / name).read_bytes()
+    good = next(data for data in found.values() if _parse(data) is not None)
+    for name in (COPY, MANIFEST):
+        if found.get(name) != good:
+            files.write_whole(directory / name, good)
 
 
 def _parse(data: bytes) -> dict | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -9,16 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from seqvault import log, querying
-from seqvault.bulk import user_runs
-from seqvault.errors import VaultError
+from seqvault.bulk import check_event_ids, user_runs
+from seqvault.errors import DamagedError, MissingError, VaultError
 from seqvault.files import kill_point
 from seqvault.index import ENTRY, Index, place_of
 from seqvault.manifest import write_manifest
 from seqvault.part import NEVER, NO_PLACE
 from seqvault.reading import Found
 from seqvault.schema import TIME, Schema, words_of
-from seqvault.segments import segment_path
+from seqvault.segments import segment_number, segment_path
 from seqvault.state import State, Stream, index_bytes, walk
+from seqvault.verification import check_segment
 from seqvault.writing import kept_rows
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def file_entry(name: str, data: bytes) -> dict:
 def merge(vault: Vault, budget: int | None, min_rows: int) -> int:
     """See Vault.merge."""
     state, parts = vault._state, vault._parts
-    before = parts.written
+    before, damaged = parts.written, set()
     for number, stream in enumerate(state.streams):
         entries = stream.index.entries
         with_tail = np.flatnonzero(entries["tail"])
@@ -48,22 +50,39 @@ def merge(vault: Vault, budget: int | None, min_rows: int) -> int:
             if budget is not None and parts.written - before >= budget:
                 break
             users = entries["user"][order[start : start + GROUP]].copy()
-            _commit(vault, number, lambda u=users, k=number: _rewrite(vault, k, u))
+            damaged |= _commit(vault, number, users)
     if checkpoint_is_due(state):
         checkpoint(vault)
+    _complain(damaged, "merged")
     return parts.written - before
 
 
-def _commit(vault: Vault, stream: int, write) -> None:
-    """Runs `write`, which gives new entries for users whose parts it wrote, and commits them.
+def _complain(damaged: set[int], done: str) -> None:
+    """Raises DamagedError if there are users whose damaged histories were left as they are."""
+    if damaged:
+        users = sorted(damaged)
+        raise DamagedError(
+            f"the history of user {users[0]} is damaged"
+            + (f"; so are {len(users) - 1} more" if len(users) > 1 else "")
+            + f"; all others were {done}",
+            tuple(users),
+        )
+
+
+def _commit(
+    vault: Vault, stream: int, users: np.ndarray, moved: np.ndarray | None = None
+) -> set[int]:
+    """Writes new parts of `users` and commits them; the users left out, as theirs are damaged.
 
     Their fresh rows stay in the log until the commit is; a crash before leaves unnamed bytes in a
-    segment, which the next writer cuts off.
+    segment, which the next writer cuts off. `moved` is `_rewrite`'s.
     """
     state, parts = vault._state, vault._parts
     segment, size = parts.segment, parts.size
     try:
-        merged = write()
+        merged, damaged = _rewrite(vault, stream, users, moved)
+        if not len(merged):
+            return damaged
         parts.flush()
         kill_point("during_merge")
         parts.sync()
@@ -74,45 +93,58 @@ def _commit(vault: Vault, stream: int, write) -> None:
         ) + log.frame(log.MERGE, log.merge_payload(stream, merged, *touched[-1]))
         vault._logged(record, sync=False)
     except OSError as error:
-        parts.cut(segment, size)
+        _cut(vault, segment, size)
         raise VaultError(f"{vault.path}: {error.strerror}; nothing was merged") from error
     except VaultError:
-        parts.cut(segment, size)
+        _cut(vault, segment, size)
         raise
     parts.sizes = {parts.segment: parts.size}
     with vault._mutex:
         state.committed.update(touched)
-        state.open_segments()
         state.streams[stream].commit(merged)
+        state.open_segments()
+    return damaged
+
+
+def _cut(vault: Vault, segment: int, size: int) -> None:
+    """Cuts off parts that nothing will name; a writer that cannot must not write behind them."""
+    try:
+        vault._parts.cut(segment, size)
+    except OSError as error:
+        vault._broken = f"segment {segment} cannot be cut ({error.strerror})"
 
 
 def _rewrite(
-    vault: Vault, number: int, users: np.ndarray, moved: np.ndarray | None = None
-) -> np.ndarray:
-    """Writes new parts of `users`, fresh rows included; their entries.
+    vault: Vault, number: int, users: np.ndarray, moved: np.ndarray | None
+) -> tuple[np.ndarray, set[int]]:
+    """Writes new parts of `users`, fresh rows included: (entries, users whose parts are damaged).
 
     Parts that stay as they are in the longer history are left alone, unless a fresh row belongs
     into one, or it is not older than row `moved` [B] of the history.
     """
     state = vault._state
     looked = querying.look_up(state, number, users, None)
-    merged = np.zeros(len(users), ENTRY)
+    merged, damaged = np.zeros(len(users), ENTRY), set()
     for i, user in enumerate(users.tolist()):
         one, who = looked.part(np.array([i])), users[i : i + 1]
         kept = kept_rows(one.rows[0], one.totals[0], state.block_rows)
         if moved is not None:
             kept = min(kept, int(moved[i]))
-        _, found = querying.together(one, who, None, one.rows - kept)
-        if kept and (found.first[0] != kept or _is_late(one, found)):
-            kept = 0
-            _, found = querying.together(one, who, None, one.rows)
+        try:
+            _, found = querying.together(one, who, None, one.rows - kept)
+            if kept and (found.first[0] != kept or _is_late(one, found)):
+                kept = 0
+                _, found = querying.together(one, who, None, one.rows)
+        except (DamagedError, MissingError):
+            damaged.add(user)
+            continue
         link = (int(found.previous[0]), int(found.previous_bytes[0])) if kept else (NO_PLACE, 0)
         place, size = vault._parts.write_chain(
             words_of(found.columns, state.schema), user, number, state.packing, state.block_rows,
             kept, *link,
         )  # fmt: skip
         merged[i] = (user, place, size, one.totals[0], found.columns[TIME][-1], 0)
-    return merged
+    return merged[merged["rows"] > 0], damaged
 
 
 def _is_late(one: querying.Looked, found: Found) -> bool:
@@ -125,7 +157,7 @@ def reclaim(vault: Vault, budget: int | None, dead: float) -> int:
     """See Vault.reclaim."""
     state, parts = vault._state, vault._parts
     before = parts.written
-    living = _mostly_dead(vault, dead)
+    living, damaged = _mostly_dead(vault, dead)
     # Parts of a user older than the oldest one that must go stay where they are, and who has left
     # one of the segments has left them all.
     oldest = {}
@@ -147,9 +179,10 @@ def reclaim(vault: Vault, budget: int | None, dead: float) -> int:
                     done = False
                     break
                 some = at[start : start + GROUP]
-                question = number, users[some], first[some]
-                _commit(vault, number, lambda q=question: _rewrite(vault, *q))
-                gone[some] = True
+                hurt = _commit(vault, number, users[some], first[some])
+                gone[some] = ~np.isin(users[some], list(hurt))
+                damaged |= hurt
+                done &= not hurt
         if done:
             emptied.add(segment)
     if emptied:
@@ -157,42 +190,59 @@ def reclaim(vault: Vault, budget: int | None, dead: float) -> int:
             for segment in emptied:
                 del state.committed[segment]
         checkpoint(vault)
+    _complain(damaged, "moved")
     return parts.written - before
 
 
-def _mostly_dead(vault: Vault, dead: float) -> dict[int, dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """{segment that is dead by more than `dead`: {stream: (users with a living part there, the
-    first row of each one's oldest)}}."""
+def _mostly_dead(
+    vault: Vault, dead: float
+) -> tuple[dict[int, dict[int, tuple[np.ndarray, np.ndarray]]], set[int]]:
+    """({segment that is dead by more than `dead`: {stream: (users with a living part there, the
+    first row of each one's oldest)}}, users whose damaged histories keep a segment).
+
+    A segment with a damaged part is none: what cannot be read may be alive.
+    """
     state = vault._state
     closed = {s: b for s, b in state.committed.items() if b and s != vault._parts.segment}
-    out = {}
+    out, damaged = {}, set()
     for segment, size in sorted(closed.items()):
         written: dict[int, dict[tuple[int, int], int]] = {}  # {stream: {(user, place): bytes}}
-        for info in walk(segment_path(vault.path, segment), size, []):
+        path, problems = segment_path(vault.path, segment), []
+        for info in walk(path, size, problems):
             at = info.user, int(place_of(segment, info.offset))
             written.setdefault(info.stream, {})[at] = info.bytes
-        held, found = 0, {}
+        held, found, hurt = 0, {}, set()
         for number, parts in written.items():
             oldest: dict[int, int] = {}
             users = np.unique(np.array([user for user, _ in parts], np.int64))
-            for user, place, first in _chains(state, number, users):
+            for user, place, first in _chains(state, number, users, hurt):
                 if (user, place) in parts:
                     held += parts[user, place]
                     oldest[user] = min(first, oldest.get(user, first))
             found[number] = np.array(sorted(oldest.items()), np.int64).reshape(-1, 2).T
-        if 1 - held / size > dead:
+        damaged |= hurt
+        if hurt or problems or 1 - held / size <= dead:
+            continue
+        if not check_segment(path, size):
             out[segment] = found
-    return out
+    return out, damaged
 
 
-def _chains(state: State, number: int, users: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """(user, place, first row) of every part of `users`."""
+def _chains(
+    state: State, number: int, users: np.ndarray, damaged: set[int]
+) -> Iterator[tuple[int, int, int]]:
+    """(user, place, first row) of every part of `users`; adds to `damaged` whose cannot be read."""
     looked = querying.look_up(state, number, users, ())
     at = np.flatnonzero(looked.places >= 0)
     while len(at):
         looked, users = looked.part(at), users[at]
         none = np.zeros(len(users), np.int64)
-        found = looked.read(users, looked.rows, None, none, none, 0, follow=False)
+        try:
+            found = looked.read(users, looked.rows, None, none, none, 0, follow=False)
+        except (DamagedError, MissingError) as error:
+            damaged.update(error.users)
+            at = np.flatnonzero(~np.isin(users, error.users))
+            continue
         yield from zip(users.tolist(), looked.places.tolist(), found.first.tolist(), strict=True)
         held = np.stack([found.previous, found.previous_bytes, looked.rows])
         looked = looked._replace(held=held)
@@ -225,6 +275,8 @@ def _checkpoint(
         for number, stream in enumerate(streams)
         for payload in _carried(number, stream)
     )
+    as_it_is = streams is state.streams and schema is None and not state.damages
+    vault._broken = "a checkpoint was left half-way"  # until the writer stands on its files
     try:
         vault._parts.sync()
         files.write_whole(vault.path / f"{names['index']}.sv", index)
@@ -238,35 +290,54 @@ def _checkpoint(
             "index": file_entry(f"{names['index']}.sv", index),
             "carry": [{"file": f"{names['carry']}.log", "bytes": len(carry)}],
             "log": f"{names['log']}.log",
-            "previous": [state.log_path.name, state.log_end],
+            # Whoever has replayed the log has what this holds, unless it holds more.
+            "previous": [state.log_path.name, state.log_end] if as_it_is else None,
         }
         write_manifest(files, vault.path, manifest)
     except OSError as error:
         vault._broken = f"a checkpoint failed ({error.strerror})"
         raise VaultError(f"{vault.path}: {error.strerror}; the last checkpoint stays") from error
     vault.checkpointed += len(index) + len(carry)
+    try:
+        _remove_old(vault, committed)
+        _go_on(vault, manifest if as_it_is else None)
+    except OSError as error:
+        raise VaultError(
+            f"{vault.path}: {error.strerror}; the checkpoint is made, but the writer cannot go on"
+        ) from error
+    vault._broken = None
+
+
+def _remove_old(vault: Vault, committed: dict[int, int]) -> None:
+    """Removes what the last checkpoint had and the one just made has not; damaged files stay."""
+    state, files = vault._state, vault._files
     old = [state.log_path.name, state.manifest["index"]["file"]]
     old += [entry["file"] for entry in state.manifest["carry"]]
     damaged = {d.file for d in state.damages}
     for name in old:
-        if name in damaged:  # evidence
-            files.rename(vault.path / name, vault.path / f"{name}.damaged")
-        else:
-            files.remove(vault.path / name)
-    kept = set(committed) | {vault._parts.segment}
-    for path in vault.path.glob("blocks-*.sv"):
-        if int(path.stem.rpartition("-")[2]) not in kept:
+        with contextlib.suppress(FileNotFoundError):  # one that was lost is in `damages`
+            if name in damaged:  # evidence
+                files.rename(vault.path / name, vault.path / f"{name}.damaged")
+            else:
+                files.remove(vault.path / name)
+    kept = {None, vault._parts.segment, *committed}
+    for path in [*vault.path.iterdir()]:
+        if segment_number(path.name) not in kept:
             files.remove(path)
     files.sync_directory(vault.path)
-    written, logged = vault._parts.written, vault._log
+
+
+def _go_on(vault: Vault, manifest: dict | None) -> None:
+    """Makes the writer stand on its new checkpoint: `manifest` if all of it is in memory."""
+    state, written, logged = vault._state, vault._parts.written, vault._log
     vault._parts.close()
+    vault._log = None  # a failure below must not leave a closed file's number behind
     logged.close()
-    damages = [d for d in state.damages if d.file.startswith("blocks")]
     with vault._mutex:
-        as_it_is = streams is state.streams and schema is None and not state.damages
-        if not (as_it_is and state.switch_log(manifest)):
+        if manifest is None or not state.switch_log(manifest):
+            damages = [d for d in state.damages if d.file.startswith("blocks")]
+            vault._state = State(vault.path)  # before the old one is closed: reads go on
             state.close()
-            vault._state = State(vault.path)
             vault._state.damages += damages
         vault._take_over()
     vault._parts.written = written
@@ -301,7 +372,7 @@ def bulk_load(vault: Vault, blocks: Iterable[Mapping[str, np.ndarray]], number: 
             if (known >= 0).any():
                 raise VaultError(f"user {users[(known >= 0).argmax()]} is in the stream already")
             if state.schema.event_id:
-                _check_event_ids(users, edges, columns[state.schema.event_id])
+                check_event_ids(users, edges, columns[state.schema.event_id])
             words = words_of(columns, state.schema)
             new = np.zeros(len(users), ENTRY)
             for i, user in enumerate(users.tolist()):
@@ -314,10 +385,10 @@ def bulk_load(vault: Vault, blocks: Iterable[Mapping[str, np.ndarray]], number: 
             rows += words.shape[1]
         parts.sync()
     except OSError as error:
-        parts.cut(segment, size)
+        _cut(vault, segment, size)
         raise VaultError(f"{vault.path}: {error.strerror}; nothing was loaded") from error
     except BaseException:
-        parts.cut(segment, size)
+        _cut(vault, segment, size)
         raise
     if rows:
         streams = list(state.streams)
@@ -325,14 +396,3 @@ def bulk_load(vault: Vault, blocks: Iterable[Mapping[str, np.ndarray]], number: 
         streams[number] = Stream(state.schema, Index(loaded), stream.tail)
         _checkpoint(vault, streams, {**state.committed, **parts.sizes}, None)
     return rows
-
-
-def _check_event_ids(users: np.ndarray, edges: np.ndarray, ids: np.ndarray) -> None:
-    """Raises VaultError if a user has an event id twice: a bulk load drops nothing."""
-    owners = np.repeat(np.arange(len(users)), np.diff(edges))
-    order = np.lexsort([ids, owners])
-    ids, owners = ids[order], owners[order]
-    twice = (ids[1:] == ids[:-1]) & (owners[1:] == owners[:-1])
-    if twice.any():
-        i = int(twice.argmax())
-        raise VaultError(f"user {users[owners[i]]} has the event id {ids[i]} twice")

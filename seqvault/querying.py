@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +18,7 @@ from seqvault.state import State
 if TYPE_CHECKING:
     from seqvault.vault import Vault
 
+_FAR = 1 << 62  # seconds
 EVERYTHING = np.iinfo(np.int32).max
 
 
@@ -232,6 +234,10 @@ def user_ids(users: np.ndarray) -> np.ndarray:
 
 def one_user(user: int) -> np.int64:
     """One user id as int64. Raises VaultError if it is no number of 64 bits."""
+    try:
+        user = operator.index(user)
+    except TypeError:
+        raise VaultError(f"user {user!r} is not an integer") from None
     if not -(1 << 63) <= user < 1 << 64:
         raise VaultError(f"user {user} is no number of 64 bits")
     return np.uint64(user).astype(np.int64) if user >= 1 << 63 else np.int64(user)
@@ -241,13 +247,25 @@ def check_question(n: int, before: np.ndarray | None, end: np.ndarray | None) ->
     """Raises VaultError unless `last_n` can be asked so, of any kind of store."""
     if end is not None and before is not None:
         raise VaultError("give `end` or `before`, not both")
+    if not isinstance(n, (int, np.integer)):
+        raise VaultError(f"n is {n!r}; it must be an integer")
     if n < 0:
         raise VaultError(f"n is {n}; it must not be negative")
 
 
 def times_of(before: np.ndarray, users: np.ndarray) -> np.ndarray:
-    """`before` as [B] int64."""
+    """`before` as [B] int64: of seconds that are not whole the next, as times are whole.
+
+    Raises:
+      VaultError: it is not made of numbers.
+    """
     before = np.asarray(before)
+    if before.dtype.kind == "f":
+        if np.isnan(before).any():
+            raise VaultError("a time in `before` is not a number")
+        before = np.clip(np.ceil(before), -_FAR, _FAR)
+    elif before.dtype.kind not in "iu" and before.size:
+        raise VaultError(f"`before` must be seconds, not {before.dtype}")
     if before.shape != users.shape:
         before = np.broadcast_to(before, users.shape)
     return before.astype(np.int64)
@@ -255,7 +273,10 @@ def times_of(before: np.ndarray, users: np.ndarray) -> np.ndarray:
 
 def checked_ends(users: np.ndarray, totals: np.ndarray, end: np.ndarray) -> np.ndarray:
     """`end` as [B] int64. Raises VaultError if one is no position of its user."""
-    end = np.broadcast_to(np.asarray(end), users.shape).astype(np.int64)
+    end = np.asarray(end)
+    if end.dtype.kind not in "iu" and end.size:
+        raise VaultError(f"`end` must be positions, not {end.dtype}")
+    end = np.broadcast_to(end, users.shape).astype(np.int64)
     bad = (end < 0) | (end > totals)
     if bad.any():
         i = int(bad.argmax())

@@ -49,12 +49,20 @@ class Reader:
 
     def refresh(self) -> None:
         """Takes in what the writer did since the last read; every read does this by itself."""
+        with self._mutex:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """See `refresh`; for who has the mutex."""
         if self.writable:
             return
         stamp = manifest_stamp(self.path)
         self._state.replay()
-        if stamp == self._stamp:
-            return
+        if stamp != self._stamp:
+            self._follow(stamp)
+
+    def _follow(self, stamp: tuple[int, int] | None) -> None:
+        """Goes on with the checkpoint whose manifest has that stamp, or with a newer one."""
         for attempt in range(10):
             try:
                 manifest, _ = read_manifest(self.path)
@@ -105,6 +113,8 @@ class Reader:
             return self._last_n(users, n, before, end, names, stream)
         if end is not None:
             raise VaultError("positions are those of one stream; name it")
+        if not len(stream):
+            raise VaultError(f"no stream named; the vault has {list(self.streams)}")
         found = [self._last_n(users, n, before, None, names, name) for name in stream]
         return querying.merged_by_time(found, n)
 
@@ -115,14 +125,14 @@ class Reader:
         """question(what the state holds of the users, users, ...), read without the lock."""
         while True:
             with self._mutex:
-                self.refresh()
+                self._refresh()
                 state = self._state
                 looked = querying.look_up(state, state.stream(stream), users, names)
             try:
                 return question(looked, users, *arguments)
             except MissingError:  # reclaimed meanwhile, if the state is a newer one
                 with self._mutex:
-                    self.refresh()
+                    self._refresh()
                     if self._state is state:
                         raise
 
@@ -148,7 +158,7 @@ class Reader:
     def users(self, *, stream: str = DEFAULT) -> np.ndarray:
         """Every user of a stream: sorted int64."""
         with self._mutex:
-            self.refresh()
+            self._refresh()
             return np.sort(self._state.streams[self._state.stream(stream)].index.entries["user"])
 
     def scan(
@@ -167,7 +177,9 @@ class Reader:
           {"user": [N] int64, "time": [N] int32, column: [N]}.
         """
         names = tuple(columns) if columns is not None else None
-        users = self.users(stream=stream)
+        yield from self._scan(self.users(stream=stream), names, stream, block_rows)
+
+    def _scan(self, users, names, stream, block_rows) -> Iterator[dict[str, np.ndarray]]:
         step = 4096
         for start in range(0, len(users), step):
             group = users[start : start + step]
@@ -185,7 +197,7 @@ class Reader:
     def stats(self) -> dict:
         """Counts and bytes: users, behaviours, fresh ones, index, files, reads, writes."""
         with self._mutex:
-            self.refresh()
+            self._refresh()
             return querying.stats(self)
 
     def snapshot(self, path: str | os.PathLike, *, stream: str = DEFAULT) -> str:
@@ -199,6 +211,6 @@ class Reader:
         users = self.users(stream=stream)
         blocks = (
             {**block, "user": np.searchsorted(users, block["user"])}
-            for block in self.scan(stream=stream)
+            for block in self._scan(users, None, stream, 1 << 18)  # who comes later is not in it
         )
         return bulk_build(path, self.schema, len(users), blocks, users=users)

@@ -194,7 +194,8 @@ def read_last_n(
 def check_status(status: np.ndarray, users: np.ndarray) -> None:
     """Raises what a read's status [B] calls for."""
     if (status == MISSING).any():
-        raise MissingError("a segment is missing from the vault")
+        missing = tuple(users[status == MISSING].tolist())
+        raise MissingError("a segment is missing from the vault", missing)
     damaged = users[status == DAMAGED].tolist()
     raise DamagedError(
         f"the history of user {damaged[0]} is damaged"

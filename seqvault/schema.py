@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class Schema:
 
     def __post_init__(self) -> None:
         try:
-            columns = {name: np.dtype(dtype) for name, dtype in self.columns.items()}
+            columns = {n: np.dtype(d).newbyteorder("=") for n, d in self.columns.items()}
         except TypeError as error:
             raise VaultError(f"a column's dtype is not possible: {error}") from None
         for name, dtype in columns.items():
@@ -111,6 +111,15 @@ class Schema:
             raise VaultError(f"not a schema ({error!r})") from None
 
 
+def check_evolution(known: Sequence[Schema], newer: Schema) -> None:
+    """Raises VaultError unless `newer` can read what was written under any schema `known` so far.
+
+    A column that was dropped is still in older records, and reads again if it comes back.
+    """
+    for older in reversed(known):
+        older.check_successor(newer)
+
+
 def check_values(name: str, values: np.ndarray, dtype: np.dtype) -> None:
     """Raises VaultError, with the first index, unless every value can be stored as `dtype`."""
     kinds = "biuf" if dtype.kind == "f" else "biu"
@@ -122,6 +131,9 @@ def check_values(name: str, values: np.ndarray, dtype: np.dtype) -> None:
         return
     if dtype.kind == "f":
         bad, why = ~np.isfinite(values), "is not finite"
+        if values.dtype != dtype:
+            with np.errstate(over="ignore"):  # nor is what float32 would make of 1e300
+                bad, why = ~np.isfinite(values.astype(dtype)), f"is not finite as {dtype}"
     else:
         info = np.iinfo(dtype) if dtype.kind != "b" else None
         least, largest = (info.min, info.max) if info else (0, 1)

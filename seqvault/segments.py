@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterable
+import re
+import resource
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from seqvault.errors import MissingError
+from seqvault.errors import MissingError, VaultError
+
+MAX_SEGMENT = (1 << 23) - 1  # a place has 23 bits for the segment
+_NAME = re.compile(r"blocks-(\d{6,})\.sv")
 
 
 def segment_path(directory: Path, segment: int) -> Path:
     return directory / f"blocks-{segment:06d}.sv"
+
+
+def segment_number(name: str) -> int | None:
+    """The segment whose file has that name; None if it is not a segment's."""
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def committed_bytes(manifest: Mapping) -> dict[int, int]:
+    """{segment: bytes that hold whole parts} of a manifest.
+
+    Raises:
+      VaultError: a number is not possible.
+      ValueError, TypeError, LookupError, AttributeError: it is no such manifest.
+    """
+    committed = {int(s): int(b) for s, b in manifest["segments"].items()}
+    for segment, size in committed.items():
+        if not 0 <= segment <= MAX_SEGMENT or size < 0:
+            raise VaultError(f"the manifest names a segment {segment} of {size} bytes")
+    return committed
 
 
 class _Open:
@@ -21,7 +47,7 @@ class _Open:
 
     def __init__(self, path: Path):
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = _open_many(path)
         except FileNotFoundError:
             raise MissingError(f"{path}: missing from the vault") from None
         if hasattr(os, "posix_fadvise"):  # a lookup wants one part, and no read-ahead behind it
@@ -30,6 +56,31 @@ class _Open:
     def __del__(self) -> None:
         if hasattr(self, "fd"):
             os.close(self.fd)
+
+
+def _open_many(path: Path) -> int:
+    """Opens a segment for reading; every segment stays open, so they may be many.
+
+    Raises:
+      VaultError: the process has as many files open as it may have.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise VaultError(
+            f"{path}: too many open files; a vault keeps its segments open, and this process may "
+            f"open {hard} files (RLIMIT_NOFILE, `ulimit -n`)"
+        ) from error
 
 
 class Segments:

@@ -26,11 +26,12 @@ from seqvault.part import CHUNK, HEAD_MAGIC, NO_PLACE, PREFIX, TAIL_MAGIC, TRAIL
 from seqvault.part import ENTRY as CHUNK_ENTRY
 from seqvault.reading import Layout
 from seqvault.schema import Schema
-from seqvault.segments import Segments, segment_path
+from seqvault.segments import MAX_SEGMENT, Segments, committed_bytes, segment_path
 from seqvault.tail import Tail, under_schema
 
 _TRAILER = struct.Struct("<qqIIIIIIHBBIII")
 _COUNT = struct.Struct("<q")
+_WINDOW = 64 << 20  # bytes of the log that replaying holds at a time, if a record is not longer
 
 
 class Stream:
@@ -64,6 +65,7 @@ class State:
       committed: {segment: bytes that hold whole parts}.
       damages: what opening found damaged.
       log_end: where the next log record starts.
+      log_seen: bytes of the log that replaying has looked at; those behind `log_end` are torn.
     """
 
     def __init__(self, directory: Path):
@@ -75,7 +77,7 @@ class State:
             schemas = [Schema.from_json(s) for s in self.manifest["schemas"]]
             self.schema = schemas[-1]
             self.names = tuple(map(str, self.manifest["streams"]))
-            self.committed = {int(s): int(b) for s, b in self.manifest["segments"].items()}
+            self.committed = committed_bytes(self.manifest)
             self.block_rows = int(self.manifest["block_rows"])
             self.log_path = _inside(directory, self.manifest["log"])
             index, carry = self.manifest["index"], self.manifest["carry"]
@@ -87,10 +89,17 @@ class State:
         self.streams = self._load_index(index)
         for entry in carry:
             self._load_carry(entry)
-        self.log_end = 0
-        self._log_fd = os.open(self.log_path, os.O_RDONLY | os.O_CLOEXEC)
-        self.replay()
-        self.open_segments()
+        self.log_end = self.log_seen = 0
+        try:
+            self._log_fd: int | None = os.open(self.log_path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise VaultError(f"{self.log_path}: missing from the vault") from None
+        try:
+            self.replay()
+            self.open_segments()
+        except BaseException:
+            self.close()
+            raise
 
     def open_segments(self) -> None:
         """Opens every segment that holds parts; names one that is missing."""
@@ -121,16 +130,32 @@ class State:
         return self._layouts[columns]
 
     def replay(self) -> None:
-        """Applies what was logged behind `log_end`; a torn record stays for later."""
+        """Applies what was logged behind `log_end`; a torn record stays for later.
+
+        Raises:
+          VaultError: the state is closed.
+        """
+        if self._log_fd is None:
+            raise VaultError(f"{self.directory}: closed")
         size = os.fstat(self._log_fd).st_size
         if size <= self.log_end:
             return
-        data = os.pread(self._log_fd, size - self.log_end, self.log_end)
-        records, damages, self.log_end = log.read(data, self.log_path.name, self.log_end)
-        self.damages += damages
-        for record in records:
-            self._apply(record, self.log_path.name)
-        if any(record.kind == log.MERGE for record in records):
+        merged, window = False, _WINDOW
+        while self.log_end < size:
+            data = _pread(self._log_fd, min(size - self.log_end, window), self.log_end)
+            self.log_seen = self.log_end + len(data)
+            more = len(data) == window and self.log_seen < size
+            records, damages, end = log.read(data, self.log_path.name, self.log_end, more)
+            # Before a record is applied: whatever happens then, none is applied twice.
+            stuck, self.log_end = end == self.log_end, end
+            self.damages += damages
+            for record in records:
+                self._apply(record, self.log_path.name)
+                merged |= record.kind == log.MERGE
+            if not more:
+                break
+            window = 2 * window if stuck else _WINDOW
+        if merged:
             self.open_segments()
 
     def switch_log(self, manifest: dict) -> bool:
@@ -149,8 +174,9 @@ class State:
         # Before anything changes: a newer checkpoint may have removed it since.
         log_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         os.close(self._log_fd)
-        self.manifest, self.log_path, self._log_fd, self.log_end = manifest, path, log_fd, 0
-        self.committed = {int(s): int(b) for s, b in manifest["segments"].items()}
+        self.manifest, self.log_path, self._log_fd = manifest, path, log_fd
+        self.log_end = self.log_seen = 0
+        self.committed = committed_bytes(manifest)
         self.segments.forget(set(self.committed))
         # What was missing may have been reclaimed before this reader opened it.
         self.damages = [d for d in self.damages if d.problem != "missing"]
@@ -158,6 +184,10 @@ class State:
         for stream in self.streams:
             stream.tail = stream.tail.compacted(stream.index.entries)
         return True
+
+    @property
+    def closed(self) -> bool:
+        return self._log_fd is None
 
     def close(self) -> None:
         if self._log_fd is not None:
@@ -172,6 +202,8 @@ class State:
                 self._stream_of(number).add(users, under_schema(columns, self.schema))
             elif record.kind == log.MERGE:
                 number, merged, segment, size = log.parse_merge(record.payload)
+                if segment > MAX_SEGMENT:
+                    raise VaultError(f"a merge into segment {segment}")
                 self._stream_of(number).commit(merged)
                 self.committed[segment] = size
             else:
@@ -310,6 +342,15 @@ def _next_part(fd: int, at: int, size: int) -> int:
             break
         at += len(data) - len(magic) + 1
     return size
+
+
+def _pread(fd: int, size: int, at: int) -> bytes:
+    """`size` bytes from `at` on; fewer only at the file's end. One pread brings 2 GiB at most."""
+    pieces = []
+    while size and (piece := os.pread(fd, size, at)):
+        pieces.append(piece)
+        size, at = size - len(piece), at + len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _inside(directory: Path, name: str) -> Path:

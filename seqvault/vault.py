@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,19 @@ import numpy as np
 from seqvault import log, merging, querying
 from seqvault.errors import VaultError
 from seqvault.files import File, Files, kill_point
-from seqvault.manifest import manifest_stamp, read_manifest, write_manifest
+from seqvault.manifest import manifest_stamp, read_manifest, repair_copies, write_manifest
 from seqvault.querying import one_user, user_ids
 from seqvault.reader import Reader
-from seqvault.schema import DEFAULT, TIME, Schema, checked_columns
+from seqvault.schema import DEFAULT, TIME, Schema, check_evolution, checked_columns
+from seqvault.segments import segment_path
 from seqvault.state import State
 from seqvault.writing import BLOCK_ROWS, SEGMENT_BYTES, PartWriter
 
 LOCK = "lock"
+_INITIAL = ("index-000000.sv", "carry-000000.log", "log-000000.log")
+# What the writer makes and may remove; anything else in the directory is somebody's.
+_MADE = re.compile(r"(blocks|index|carry|log)-\d{6,}\.(sv|log)")
+_PART = re.compile(r"((index|carry|log)-\d{6,}\.(sv|log)|MANIFEST|MANIFEST\.copy)\.part")
 
 
 class Vault(Reader):
@@ -72,29 +79,37 @@ class Vault(Reader):
           segment_bytes: a segment file is closed when it is this long.
           files: the file layer; tests pass their own.
         Raises:
-          FileExistsError: there is something at `path`.
-          VaultError: the streams' names are not distinct, or there are none.
+          FileExistsError: there is something at `path`, other than what a creation left that died.
+          VaultError: the streams' names are not distinct, or there are none; or another process is
+            creating this vault.
         """
         path, files = Path(path), files or Files()
+        if isinstance(streams, str):
+            raise VaultError(f"streams must be a sequence of names, not {streams!r}")
         if not streams or len(set(streams)) != len(streams) or len(streams) > 255:
             raise VaultError(f"streams {list(streams)}: 1 to 255 distinct names are needed")
         if block_rows < 1:
             raise VaultError(f"block_rows is {block_rows}; it must be positive")
-        path.mkdir(parents=True)
-        lock = _locked(path)
-        for name in ("index-000000.sv", "carry-000000.log", "log-000000.log"):
-            files.open(path / name).close()
+        path.mkdir(parents=True, exist_ok=True)
+        _must_be_vacant(path)
+        index_file, carry_file, log_file = _INITIAL
         index = bytes(8 * len(streams))
-        files.write_whole(path / "index-000000.sv", index)
-        write_manifest(files, path, {
-            "kind": "vault", "generation": 0, "schemas": [schema.to_json()],
-            "streams": list(streams), "segments": {}, "block_rows": int(block_rows),
-            "segment_bytes": int(segment_bytes), "log": "log-000000.log",
-            "index": merging.file_entry("index-000000.sv", index),
-            "carry": [{"file": "carry-000000.log", "bytes": 0}], "previous": None,
-        })  # fmt: skip
-        files.sync_directory(path.parent)
-        return cls(path, State(path), files, lock)._take_over()
+
+        def write_files() -> None:
+            _must_be_vacant(path)  # still: another creation may have ended meanwhile
+            for name in _INITIAL:
+                files.open(path / name).close()
+            files.write_whole(path / index_file, index)
+            write_manifest(files, path, {
+                "kind": "vault", "generation": 0, "schemas": [schema.to_json()],
+                "streams": list(streams), "segments": {}, "block_rows": int(block_rows),
+                "segment_bytes": int(segment_bytes), "log": log_file,
+                "index": merging.file_entry(index_file, index),
+                "carry": [{"file": carry_file, "bytes": 0}], "previous": None,
+            })  # fmt: skip
+            files.sync_directory(path.parent)
+
+        return cls._as_writer(path, files, write_files)
 
     @classmethod
     def open(
@@ -109,37 +124,55 @@ class Vault(Reader):
             writes to it.
         """
         path, files = Path(path), files or Files()
-        lock = None
         if write:
             read_manifest(path)  # an error there is better than a lock file in a foreign directory
-            lock = _locked(path)
+            return cls._as_writer(path, files)
         for attempt in range(10):
             stamp = manifest_stamp(path)
             try:
-                vault = cls(path, State(path), files, lock)
+                vault = cls(path, State(path), files, None)
                 break
             except (VaultError, FileNotFoundError):
-                if write or manifest_stamp(path) == stamp or attempt == 9:
+                if manifest_stamp(path) == stamp or attempt == 9:
                     raise
         vault._stamp = stamp
-        return vault._take_over() if write else vault
+        return vault
 
-    def _take_over(self) -> Vault:
+    @classmethod
+    def _as_writer(
+        cls, path: Path, files: Files, prepare: Callable[[], None] | None = None
+    ) -> Vault:
+        """The vault at `path`, locked, after `prepare`; on an error nothing stays open."""
+        lock = _locked(path)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, lock)
+            if prepare:
+                prepare()
+            state = State(path)
+            undo.callback(state.close)
+            repair_copies(files, path)  # a copy of another checkpoint names files that are to go
+            vault = cls(path, state, files, lock)
+            undo.callback(vault._close_files)
+            vault._take_over()
+            undo.pop_all()
+        return vault
+
+    def _take_over(self) -> None:
         """Makes the state's files ready for writing: what a dead writer did not finish is cut."""
         state = self._state
         self._log = self._files.open(state.log_path)
         if self._log.size > state.log_end:
+            if self._log.size != state.log_seen:  # never cut what nobody has looked at
+                raise VaultError(
+                    f"{state.log_path}: {state.log_seen} of {self._log.size} bytes could be read"
+                )
             self._log.truncate(state.log_end)
         named = {state.log_path.name, state.manifest["index"]["file"]}
         named |= {entry["file"] for entry in state.manifest["carry"]}
-        for file in self.path.iterdir():
-            stem, number = file.name.rpartition("-")[::2]
-            if stem == "blocks" and int(number.removesuffix(".sv")) not in state.committed:
-                self._files.remove(file)
-            elif stem in ("index", "carry", "log") and file.name not in named:
-                if not file.name.endswith(".damaged"):
-                    self._files.remove(file)
-            elif file.name.endswith(".part"):
+        named |= {segment_path(self.path, segment).name for segment in state.committed}
+        for file in [*self.path.iterdir()]:
+            made = _MADE.fullmatch(file.name) and file.name not in named
+            if made or _PART.fullmatch(file.name):
                 self._files.remove(file)
         segment = max(state.committed, default=1)
         size = state.committed.get(segment, 0)
@@ -148,20 +181,22 @@ class Vault(Reader):
         )
         if any(d.file.startswith("blocks") for d in state.damages):  # never write behind damage
             self._parts.segment, self._parts.size = segment + 1, 0
-        return self
 
     def close(self) -> None:
         """Releases files and the writer's lock; everything acknowledged is in the files."""
         with self._writing, self._mutex:
-            for file in (self._log, self._parts):
-                if file is not None:
-                    file.close()
-            self._log = self._parts = None
+            self._close_files()
             self._state.close()
             if self._lock_fd is not None:
                 os.close(self._lock_fd)
                 self._lock_fd = None
             self.writable = False
+
+    def _close_files(self) -> None:
+        for file in (self._log, self._parts):
+            if file is not None:
+                file.close()
+        self._log = self._parts = None
 
     def __enter__(self) -> Vault:
         return self
@@ -226,9 +261,13 @@ class Vault(Reader):
                 self._logged(log.frame(log.APPEND, payload), sync)
                 with self._mutex:
                     state.streams[number].add(users, columns)
+            elif sync:  # all of it is there, but maybe from an append that did not sync
+                self._sync_log()
             return len(users)
 
     def _must_write(self) -> None:
+        if self._state.closed:
+            raise VaultError(f"{self.path}: closed")
         if self._broken:
             raise VaultError(f"{self.path}: {self._broken}; close and open it again")
         if not self.writable:
@@ -244,15 +283,18 @@ class Vault(Reader):
             raise VaultError(f"{self._log.path}: {error.strerror}; nothing appended") from error
         kill_point("after_data_write")
         if sync:
-            try:
-                self._log.sync()
-            except OSError as error:  # what a failed fsync leaves is unknown until a reopen
-                self._broken = f"the log could not be made durable ({error})"
-                raise VaultError(f"{self._log.path}: {error.strerror}; not durable") from error
+            self._sync_log()
             kill_point("after_fsync")
         kill_point("before_index")
         self._state.log_end = self._log.size
         self.logged += len(record)
+
+    def _sync_log(self) -> None:
+        try:
+            self._log.sync()
+        except OSError as error:  # what a failed fsync leaves is unknown until a reopen
+            self._broken = f"the log could not be made durable ({error})"
+            raise VaultError(f"{self._log.path}: {error.strerror}; not durable") from error
 
     def bulk_load(
         self, blocks: Iterable[Mapping[str, np.ndarray]], *, stream: str = DEFAULT
@@ -282,6 +324,7 @@ class Vault(Reader):
           Bytes of parts written; 0 when there was nothing to do.
         Raises:
           VaultError: as `append`. The fresh tails then stay where they are.
+          DamagedError: parts of `users` are damaged; all others were merged.
         """
         with self._writing:
             self._must_write()
@@ -291,10 +334,13 @@ class Vault(Reader):
         """Rewrites users out of segments that are dead by more than `dead`, and drops those.
 
         A user's parts that are older than all in such segments stay in place. The more dead a
-        segment may be, the less is written, and the more disk is taken.
+        segment may be, the less is written, and the more disk is taken. A segment with a damaged
+        part is left alone.
 
         Returns:
           Bytes of parts written, at most about `budget`.
+        Raises:
+          DamagedError: parts of `users` are damaged; segments that hold theirs stay as they are.
         """
         with self._writing:
             self._must_write()
@@ -303,10 +349,13 @@ class Vault(Reader):
     def checkpoint(self, schema: Schema | None = None) -> None:
         """Writes the index and starts a new log, so that opening has little to replay.
 
-        `merge` does so when the log is long. With `schema` the vault goes on under a newer one.
+        `merge` does so when the log is long. With `schema` the vault goes on under a newer one, as
+        `evolve` says.
         """
         with self._writing:
             self._must_write()
+            if schema is not None:
+                check_evolution([*self._state.schemas.values()], schema)
             merging.checkpoint(self, schema)
 
     def evolve(self, schema: Schema) -> None:
@@ -315,7 +364,6 @@ class Vault(Reader):
         Raises:
           VaultError: the newer schema cannot read what the vault holds.
         """
-        self.schema.check_successor(schema)
         self.checkpoint(schema)
 
 
@@ -328,3 +376,13 @@ def _locked(path: Path) -> int:
         os.close(lock)
         raise VaultError(f"{path}: another process writes to this vault") from None
     return lock
+
+
+def _must_be_vacant(path: Path) -> None:
+    """Raises FileExistsError unless `path` is empty or has what a creation leaves that dies."""
+    for file in path.iterdir():
+        initial = file.name == LOCK or _PART.fullmatch(file.name)
+        if file.name in _INITIAL:  # only the index gets content before there is a manifest
+            initial = file.name == _INITIAL[0] or not file.stat().st_size
+        if not initial:
+            raise FileExistsError(f"{path} exists and holds {file.name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -10,23 +11,51 @@ import numpy as np
 
 from seqvault import log
 from seqvault.bits import SLACK
-from seqvault.errors import Damage
-from seqvault.manifest import check_copies, read_manifest
+from seqvault.errors import Damage, VaultError
+from seqvault.manifest import DIFFERS, check_copies, manifest_stamp, read_manifest
 from seqvault.part import PREFIX
-from seqvault.segments import segment_path
+from seqvault.segments import committed_bytes, segment_path
 from seqvault.state import State, walk
 from seqvault.unpacking import check_part
+
+_ATTEMPTS = 10
+_RENAMES = 2.0  # seconds that a writer may take from one to the next, with an fsync between
 
 
 def verify(path: Path) -> list[Damage]:
     """Names all that is damaged in the vault or snapshot at `path`; empty if nothing is.
 
+    Looks again if a writer replaced files meanwhile; one that never stops gets no damage named that
+    was not met each time.
+
     Raises:
       VaultError: there is no vault, or nothing of it can be read.
     """
+    always: list[Damage] | None = None
+    for attempt in range(_ATTEMPTS):
+        stamp = manifest_stamp(path)
+        try:
+            damages = _verify_once(path)
+        except (VaultError, FileNotFoundError):
+            if manifest_stamp(path) == stamp or attempt == _ATTEMPTS - 1:
+                raise
+            continue
+        if any(d.problem == DIFFERS for d in damages):  # a writer may be between its two renames
+            until = time.monotonic() + _RENAMES
+            while manifest_stamp(path) == stamp and time.monotonic() < until:
+                time.sleep(0.01)
+        if manifest_stamp(path) == stamp:
+            return damages
+        always = damages if always is None else [d for d in damages if d in always]
+        if not always:
+            return always
+    return always
+
+
+def _verify_once(path: Path) -> list[Damage]:
     damages = check_copies(path)
     manifest, _ = read_manifest(path)
-    committed = {int(s): int(b) for s, b in manifest["segments"].items()}
+    committed = committed_bytes(manifest)
     if manifest["kind"] == "vault":
         state = State(path)  # what the log adds
         committed = state.committed
@@ -37,7 +66,7 @@ def verify(path: Path) -> list[Damage]:
         index = "index.sv"
     damages += _check_whole(path / index, manifest["index"])
     for segment, size in sorted(committed.items()):
-        damages += _check_segment(segment_path(path, segment), size)
+        damages += check_segment(segment_path(path, segment), size)
     return damages
 
 
@@ -67,7 +96,7 @@ def _check_logs(path: Path, manifest: dict) -> list[Damage]:
     return damages
 
 
-def _check_segment(path: Path, size: int) -> list[Damage]:
+def check_segment(path: Path, size: int) -> list[Damage]:
     """Walks over the parts and checks each of them whole."""
     damages: list[Damage] = []
     if not size:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import seqvault
 from seqvault.backend_vault import BackendVault
+from seqvault.part import bound, encode
 from seqvault.shards import Shards
 from tests.seqvault.oracle import SCHEMA, Oracle, draw
 
@@ -200,6 +201,25 @@ def test_a_reader_that_a_writer_overtakes_starts_anew():
     del backend.blocks[gone]
     with pytest.raises(seqvault.VaultError, match="missing from the backend"):
         vault.last_n([0], 40)
+
+
+def test_a_part_that_names_itself_is_damage_and_no_endless_read():
+    schema = seqvault.Schema({"item": np.int32})
+    backend = Memory()
+    vault = BackendVault(backend, schema, "shop")
+    buf = np.zeros(bound(1, 2), np.uint8)
+    part = buf[: encode(np.array([[1], [1]]), buf, 0, 7, 0, 0, 5, 0, 0)].tobytes()
+    backend.blocks |= {"shop/default/7": part, "shop/default/7/0": part}
+    with pytest.raises(seqvault.DamagedError) as raised:
+        vault.last_n([7], 10)
+    assert raised.value.users == (7,)
+
+
+def test_a_dropped_column_comes_back_as_what_can_read_it():
+    vault = BackendVault(Memory(), seqvault.Schema({"a": np.int32, "k": np.int8}), "shop")
+    vault.evolve(seqvault.Schema({"k": np.int8}, 2))
+    with pytest.raises(seqvault.VaultError, match="'a' cannot go from int32 to float32"):
+        vault.evolve(seqvault.Schema({"k": np.int8, "a": np.float32}, 3))
 
 
 def test_streams_and_shards_of_backends():

@@ -73,6 +73,46 @@ def test_errors_are_one_line_and_status_2(vault, tmp_path, monkeypatch, capsys, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["garbage", "empty", "cut", "objects", "numbers", "one array"])
+def test_a_bad_npz_is_one_line_and_status_2(vault, tmp_path, capsys, kind):
+    file = tmp_path / "bad.npz"
+    columns = {name: np.array(values) + 100 for name, values in COLUMNS.items()}
+    if kind == "objects":
+        columns["item"] = np.array([None] * 3)
+    if kind == "numbers":
+        columns = {name: np.int64(1) for name in columns}
+    np.savez(file, **columns)
+    whole = file.read_bytes()
+    if kind == "one array":
+        with open(file, "wb") as out:
+            np.save(out, np.arange(3))
+    else:
+        contents = {"garbage": b"garbage", "empty": b"", "cut": whole[:300]}
+        file.write_bytes(contents.get(kind, whole))
+    for options in ([], ["--append"]):
+        assert main(["load", str(vault), str(file), *options]) == 2
+        assert capsys.readouterr().err.startswith(f"seqvault: {file}: ")
+    assert seqvault.Vault.open(vault).users().tolist() == [1, 5]
+
+
+@pytest.mark.parametrize("option", [["--batch", "0"], ["--batch", "-1"], ["--n", "0"]])
+def test_bench_takes_positive_numbers(vault, option):
+    with pytest.raises(SystemExit):
+        main(["bench", str(vault), *option])
+
+
+def test_load_takes_the_columns_that_the_vault_has(vault, tmp_path, capsys):
+    load = ["load", str(vault), str(tmp_path / "rows.parquet"), "--append", "--columns"]
+    assert main([*load, "item:int32,action:uint8"]) == 0
+    for wrong, message in (
+        (["item:int64,action:uint8"], "has other columns"),
+        (["item:int32"], "has other columns"),
+        (["item:int32,action:uint8", "--event_id", "item"], "has another event id: None"),
+    ):
+        assert main([*load, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_import_needs_no_jax():
     import subprocess
     import sys

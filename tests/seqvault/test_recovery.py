@@ -429,6 +429,8 @@ def test_a_hostile_vault_gets_no_memory_and_runs_nothing(tmp_path):
         {"schemas": [{"version": 1, "columns": [["a", "O"]], "event_id": None, "defaults": {}}]},
         {"schemas": []},
         {"segments": {"x": 1}},
+        {"segments": {str(1 << 23): 8}},
+        {"segments": {"1": -8}},
         {"streams": None},
     ):
         rewrite(**changes)

@@ -332,6 +332,16 @@ def test_a_reclaim_moves_what_lies_in_dead_segments_and_nothing_older(tmp_path):
         (lambda v: v.append_many([1], rows([1, 2])), r"shape \(2,\)"),
         (lambda v: v.append(2**64, rows([1])), "no number of 64 bits"),
         (lambda v: v.append(1, rows([1]), stream="x"), "no stream 'x'"),
+        (lambda v: v.append(3.7, rows([1])), "user 3.7 is not an integer"),
+        (
+            lambda v: v.append(1, rows([1]) | {"weight": [1e300]}),
+            "1e.300, which is not finite as float32",
+        ),
+        (lambda v: v.last_n([1], 1, before=np.nan), "not a number"),
+        (lambda v: v.resolve([1], None), "must be seconds"),
+        (lambda v: v.last_n([1], 1, end=[0.9]), "must be positions"),
+        (lambda v: v.last_n([1], 1.5), "n is 1.5"),
+        (lambda v: v.last_n([1], 1, stream=[]), "no stream named"),
     ],
 )
 def test_wrong_calls_are_refused_and_change_nothing(vault, call, message):
