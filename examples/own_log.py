@@ -55,4 +55,5 @@ def get_config() -> ConfigDict:
     )
     config.history_length = 500
     config.model = default_config()
+    config.model.timezone_hours = 0.0  # the users' local time less UTC: their hours and weekends
     return config
