@@ -58,7 +58,8 @@ def base_config() -> ConfigDict:
     # Of its attention: auto (what was measured to be fastest) | xla | pallas (docs/kernels.md).
     config.kernels = "auto"
 
-    # Model: config.model.module has build(config.model, spec) -> (flax module, columns).
+    # Model: config.model.module has build(config.model, spec) -> (flax module, columns), and
+    # default_config(), whose fields are all that config.model has.
     config.model = ConfigDict()
     config.loss = ConfigDict({"per_request": False, "weights": ConfigDict()})
 

@@ -136,7 +136,7 @@ def make_plan(config: ConfigDict, spec: DataSpec, target: str) -> Plan:
     with jax.set_mesh(mesh):
         try:
             experiment = steps.bind(config, spec, mesh, total_steps=1)
-        except ConfigError as error:
+        except (ConfigError, CannotRun) as error:
             raise CannotPlan(f"--plan={target}: {error}") from error
         state = steps.state_shapes(experiment)
         batch = _batch_shapes(experiment)
