@@ -102,7 +102,8 @@ def _train(
         found = _validate(config, data, mesh, score_step, state)
         writer.write(step, _scalars("valid", found))
         if processes.first():
-            write_json(checkpoints.metrics_path(step), {"valid": found})
+            # Beside what an evaluator may have measured before a restart.
+            write_json(checkpoints.metrics_path(step), checkpoints.metrics(step) | {"valid": found})
         progress.report(step, _one_line(_scalars("valid", found)))
         return found
 
