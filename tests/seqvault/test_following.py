@@ -1,5 +1,7 @@
 """Readers beside a writer at work: what they must see, and must not."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -8,11 +10,15 @@ import pytest
 
 import seqvault
 from seqvault import verification
+from seqvault.manifest import read_manifest
 from seqvault.state import State
-from tests.seqvault.failing_files import UnsyncedFiles
+from tests.seqvault.failing_files import UnsyncedFile, UnsyncedFiles
+from tests.seqvault.oracle import SCHEMA
+from tests.seqvault.test_vault import rows
 
 ITEM = seqvault.Schema({"item": np.int32})
 FILES = UnsyncedFiles()
+OPTIONS = {"block_rows": 8, "segment_bytes": 4000}
 
 
 @pytest.fixture
@@ -126,3 +132,127 @@ def test_a_closed_vault_says_so(tmp_path, write):
     ):
         with pytest.raises(seqvault.VaultError, match="v: closed"):
             call()
+
+
+READER = """
+import sys, time, numpy as np, seqvault
+vault = seqvault.Vault.open(sys.argv[1])
+seen, reads = np.zeros(4, int), 0
+print("open", flush=True)
+stop = time.time() + float(sys.argv[2])
+while time.time() < stop:
+    found = vault.last_n(np.arange(4), 3000)
+    counts = found["mask"].sum(1)
+    for user in range(4):
+        items = found["item"][user, 3000 - counts[user]:]
+        assert (items == np.arange(counts[user])).all(), (user, items)
+        assert counts[user] >= seen[user], (user, counts, seen)
+    assert len(set(counts.tolist())) == 1, counts  # an append of four rows is seen whole
+    seen, reads = counts, reads + 1
+assert not vault.damages, vault.damages
+print(reads, seen[0])
+"""
+
+
+def test_readers_in_other_processes_see_whole_states_only(tmp_path):
+    vault = seqvault.Vault.create(tmp_path / "v", SCHEMA, **OPTIONS)
+    command = [sys.executable, "-c", READER, str(tmp_path / "v"), "2.5"]
+    readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for reader in readers:
+        assert reader.stdout.readline().strip() == "open"
+    i = 0
+    while any(reader.poll() is None for reader in readers):
+        if i < 2900:
+            columns = {"time": [i] * 4, "item": [i] * 4, "kind": [0] * 4, "seen": [1] * 4}
+            vault.append_many(np.arange(4), {**columns, "weight": [0.0] * 4}, sync=i % 50 == 0)
+            i += 1
+        if i % 40 == 0:
+            vault.merge(min_rows=1)
+        if i % 150 == 0:
+            vault.checkpoint()
+        if i % 400 == 0:
+            vault.reclaim(dead=0.2)
+        time.sleep(0.0005)
+    for reader in readers:
+        out = reader.stdout.read().split()
+        assert reader.wait() == 0 and int(out[0]) > 20 and int(out[1]) > 20
+    vault.close()
+
+
+def test_a_reader_that_finds_the_next_log_gone_goes_on(tmp_path):
+    """Between a reader's look at a checkpoint and at its log, the writer may make another."""
+
+    def append(i):
+        vault.append_many(
+            np.arange(4),
+            {
+                "time": [i] * 4,
+                "item": [i] * 4,
+                "kind": [0] * 4,
+                "seen": [1] * 4,
+                "weight": [0.0] * 4,
+            },
+        )
+
+    vault = seqvault.Vault.create(tmp_path / "v", SCHEMA, **OPTIONS)
+    append(0)
+    reader = seqvault.Vault.open(tmp_path / "v")
+    vault.checkpoint()
+    between, _ = read_manifest(tmp_path / "v")
+    append(1)
+    vault.checkpoint()
+    assert not (tmp_path / "v" / between["log"]).exists()
+    with pytest.raises(FileNotFoundError):
+        reader._state.switch_log(between)
+    found = reader.last_n(np.arange(4), 3)
+    assert found["item"].tolist() == [[0, 0, 1]] * 4
+    assert found["mask"].tolist() == [[False, True, True]] * 4
+    append(2)
+    assert reader.last_n(np.arange(4), 1)["item"].tolist() == [[2]] * 4
+    reader.close()
+    vault.close()
+
+
+class _StuckFile(UnsyncedFile):
+    def sync(self):
+        self.layer.reached.set()
+        assert self.layer.go_on.wait(60)
+
+
+class StuckFiles(UnsyncedFiles):
+    """Fsyncs take as long as the test wants."""
+
+    def __init__(self):
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def open(self, path):
+        file = _StuckFile(path)
+        file.layer = self
+        return file
+
+
+@pytest.mark.parametrize("step", ["append", "merge", "checkpoint"])
+def test_reads_go_on_while_the_disk_works(tmp_path, step):
+    files = StuckFiles()
+    vault = seqvault.Vault.create(tmp_path / "v", SCHEMA, files=files)
+    vault.append(1, rows([1]))
+    steps = {
+        "append": lambda: vault.append(1, rows([2]), sync=True),
+        "merge": vault.merge,
+        "checkpoint": vault.checkpoint,
+    }
+    files.go_on.clear()
+    files.reached.clear()
+    writer = threading.Thread(target=steps[step])
+    writer.start()
+    assert files.reached.wait(60)
+    reads = []
+    reader = threading.Thread(target=lambda: reads.append(vault.last_n([1], 2)["mask"].sum()))
+    reader.start()
+    reader.join(30)
+    assert reads == [1] and writer.is_alive()
+    files.go_on.set()
+    writer.join(60)
+    assert vault.lengths([1]).tolist() == [2 if step == "append" else 1]
+    vault.close()

@@ -1,4 +1,4 @@
-"""What survives: kills, power loss, a full disk, cut and flipped bytes, readers of a live vault."""
+"""What survives: kills, power loss, a full disk, cut and flipped bytes."""
 
 import os
 import shutil
@@ -12,7 +12,6 @@ import pytest
 
 import seqvault
 from seqvault.files import KILL, KILL_POINTS
-from seqvault.manifest import read_manifest
 from tests.seqvault import operations
 from tests.seqvault.failing_files import FailingSync, FullDisk, LossyFiles, UnsyncedFiles
 from tests.seqvault.oracle import SCHEMA, Oracle, draw
@@ -325,85 +324,6 @@ def test_a_failed_merge_leaves_no_bytes_behind(tmp_path, fails, segment_bytes):
     with seqvault.Vault.open(tmp_path / "v") as rebuilt:
         assert [d.file for d in rebuilt.damages] == [index.name]
         oracle.check_scan(rebuilt)
-
-
-READER = """
-import sys, time, numpy as np, seqvault
-vault = seqvault.Vault.open(sys.argv[1])
-seen, reads = np.zeros(4, int), 0
-print("open", flush=True)
-stop = time.time() + float(sys.argv[2])
-while time.time() < stop:
-    found = vault.last_n(np.arange(4), 3000)
-    counts = found["mask"].sum(1)
-    for user in range(4):
-        items = found["item"][user, 3000 - counts[user]:]
-        assert (items == np.arange(counts[user])).all(), (user, items)
-        assert counts[user] >= seen[user], (user, counts, seen)
-    assert len(set(counts.tolist())) == 1, counts  # an append of four rows is seen whole
-    seen, reads = counts, reads + 1
-assert not vault.damages, vault.damages
-print(reads, seen[0])
-"""
-
-
-def test_readers_in_other_processes_see_whole_states_only(tmp_path):
-    vault = seqvault.Vault.create(tmp_path / "v", SCHEMA, **OPTIONS)
-    command = [sys.executable, "-c", READER, str(tmp_path / "v"), "2.5"]
-    readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for reader in readers:
-        assert reader.stdout.readline().strip() == "open"
-    i = 0
-    while any(reader.poll() is None for reader in readers):
-        if i < 2900:
-            columns = {"time": [i] * 4, "item": [i] * 4, "kind": [0] * 4, "seen": [1] * 4}
-            vault.append_many(np.arange(4), {**columns, "weight": [0.0] * 4}, sync=i % 50 == 0)
-            i += 1
-        if i % 40 == 0:
-            vault.merge(min_rows=1)
-        if i % 150 == 0:
-            vault.checkpoint()
-        if i % 400 == 0:
-            vault.reclaim(dead=0.2)
-        time.sleep(0.0005)
-    for reader in readers:
-        out = reader.stdout.read().split()
-        assert reader.wait() == 0 and int(out[0]) > 20 and int(out[1]) > 20
-    vault.close()
-
-
-def test_a_reader_that_finds_the_next_log_gone_goes_on(tmp_path):
-    """Between a reader's look at a checkpoint and at its log, the writer may make another."""
-
-    def append(i):
-        vault.append_many(
-            np.arange(4),
-            {
-                "time": [i] * 4,
-                "item": [i] * 4,
-                "kind": [0] * 4,
-                "seen": [1] * 4,
-                "weight": [0.0] * 4,
-            },
-        )
-
-    vault = seqvault.Vault.create(tmp_path / "v", SCHEMA, **OPTIONS)
-    append(0)
-    reader = seqvault.Vault.open(tmp_path / "v")
-    vault.checkpoint()
-    between, _ = read_manifest(tmp_path / "v")
-    append(1)
-    vault.checkpoint()
-    assert not (tmp_path / "v" / between["log"]).exists()
-    with pytest.raises(FileNotFoundError):
-        reader._state.switch_log(between)
-    found = reader.last_n(np.arange(4), 3)
-    assert found["item"].tolist() == [[0, 0, 1]] * 4
-    assert found["mask"].tolist() == [[False, True, True]] * 4
-    append(2)
-    assert reader.last_n(np.arange(4), 1)["item"].tolist() == [[2]] * 4
-    reader.close()
-    vault.close()
 
 
 def test_a_hostile_vault_gets_no_memory_and_runs_nothing(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import seqvault
-from tests.seqvault.failing_files import UnsyncedFile, UnsyncedFiles
+from tests.seqvault.failing_files import UnsyncedFiles
 from tests.seqvault.oracle import NAMES, SCHEMA, Oracle, draw
 
 FILES = UnsyncedFiles()
@@ -398,51 +398,6 @@ def test_threads_read_while_the_writer_appends_and_merges(vault):
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-class _StuckFile(UnsyncedFile):
-    def sync(self):
-        self.layer.reached.set()
-        assert self.layer.go_on.wait(60)
-
-
-class StuckFiles(UnsyncedFiles):
-    """Fsyncs take as long as the test wants."""
-
-    def __init__(self):
-        self.reached, self.go_on = threading.Event(), threading.Event()
-        self.go_on.set()
-
-    def open(self, path):
-        file = _StuckFile(path)
-        file.layer = self
-        return file
-
-
-@pytest.mark.parametrize("step", ["append", "merge", "checkpoint"])
-def test_reads_go_on_while_the_disk_works(tmp_path, step):
-    files = StuckFiles()
-    vault = seqvault.Vault.create(tmp_path / "v", SCHEMA, files=files)
-    vault.append(1, rows([1]))
-    steps = {
-        "append": lambda: vault.append(1, rows([2]), sync=True),
-        "merge": vault.merge,
-        "checkpoint": vault.checkpoint,
-    }
-    files.go_on.clear()
-    files.reached.clear()
-    writer = threading.Thread(target=steps[step])
-    writer.start()
-    assert files.reached.wait(60)
-    reads = []
-    reader = threading.Thread(target=lambda: reads.append(vault.last_n([1], 2)["mask"].sum()))
-    reader.start()
-    reader.join(30)
-    assert reads == [1] and writer.is_alive()
-    files.go_on.set()
-    writer.join(60)
-    assert vault.lengths([1]).tolist() == [2 if step == "append" else 1]
-    vault.close()
 
 
 def test_an_empty_vault_and_nobody(vault):
