@@ -3,11 +3,12 @@ given.
 
 The baselines of LASER's table and LASER itself are this frame with another `interest`: a module
 
-    __call__(tokens: Tokens, train: bool) -> [B, C, k]
+    __call__(tokens: Tokens, train: bool) -> [B, C, k], or ([B, C, k], {name: scalar})
 
-One that neither keeps state nor draws random numbers, and whose requests do not see each other,
-may say `takes_tiles = True`; `loops_over_requests = True` besides where it goes through them one
-after the other by itself (query_tiles.py): on a mesh each device then goes through its own.
+The scalars are auxiliary losses, which config.loss.weights weighs. An interest that has none, keeps
+no state and draws no random numbers, and whose requests do not see each other, may say `takes_tiles
+= True`; `loops_over_requests = True` besides where it goes through them one after the other by
+itself (query_tiles.py): on a mesh each device then goes through its own.
 
 `short_length` most recent behaviours also go through a DIN unit of their own, in every model alike:
 LASER's Base is a model of length 100 to which a long sequence is added (laser.md; how Base reads
@@ -87,7 +88,7 @@ class HistoryModel(nn.Module):
 
     @nn.compact
     def __call__(self, embedded: EmbeddedBatch, train: bool) -> tuple[jax.Array, dict]:
-        """EmbeddedBatch -> (logits [B, C], out); out has "losses" (none) and "interest"."""
+        """EmbeddedBatch -> (logits [B, C], out); out has "losses" and "interest"."""
         config, batch = self.config, embedded.batch
         size, length, candidates = batch.shape
         dtype = jnp.result_type(*embedded.vectors.values())
@@ -106,7 +107,7 @@ class HistoryModel(nn.Module):
             query,
             jnp.broadcast_to(profile[:, None], (size, candidates, profile.shape[-1])),
         ]
-        interest = None
+        interest, losses = None, {}
         if length:  # no history: a model of the candidate and the profile
             # Whatever stands in padding, its token is an exact zero.
             mask = batch.behaviour_mask
@@ -120,12 +121,14 @@ class HistoryModel(nn.Module):
                 parts.append(short(query, recent, seen, batch.candidate_mask, train))
             if self.interest is not None:
                 interest = self._interest(Tokens(query, behaviours, profile, batch), train)
+                if isinstance(interest, tuple):
+                    interest, losses = interest
                 parts.append(interest)
 
         # ---- prediction ----
         head = MLPHead(config.head_hidden, base_rate=config.base_rate, name="head")
         logits = head(jnp.concatenate(parts, -1))
-        return logits, {"losses": {}, "interest": interest}
+        return logits, {"losses": losses, "interest": interest}
 
     def _interest(self, tokens: Tokens, train: bool) -> jax.Array:
         """The interest [B, C, d]; on a CPU of a few requests at a time, in its caches."""
