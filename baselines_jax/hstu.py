@@ -39,8 +39,7 @@ from ctr_jax.features import Column, DataSpec
 from ctr_jax.history_model import Tokens
 from ctr_jax.layers import token_dot_general
 from ctr_jax.query_tiles import heads_last, over_tiles, tokens_last
-
-BUCKETS = 128  # w has one more
+from ctr_jax.time_buckets import BUCKETS, bucket
 
 
 def default_config() -> ConfigDict:
@@ -62,12 +61,6 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
         raise ValueError("num_layers and num_heads must be >= 1, and num_heads divide width")
     interest = HSTU(config.num_layers, config.num_heads, config.length)
     return history_model.build(config, spec, interest)
-
-
-def bucket(seconds: jax.Array) -> jax.Array:
-    """int32 time differences -> indices into w, in float32 like the published code."""
-    log = jnp.log(jnp.maximum(jnp.abs(seconds), 1).astype(jnp.float32))
-    return jnp.clip((log / 0.301).astype(jnp.int32), 0, BUCKETS)
 
 
 class HSTU(nn.Module):

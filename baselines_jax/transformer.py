@@ -23,6 +23,8 @@ T queries of a tile.
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -89,7 +91,8 @@ class Transformer(nn.Module):
         history = history + position[self.length - length : -1]
         candidates = candidates + position[-1]
         for i in range(self.layers):
-            layer = Layer(self.heads, i == self.layers - 1, self.tile_bytes, name=f"layer_{i}")
+            rows = 0 if i == self.layers - 1 else length
+            layer = Layer(self.heads, rows, self.tile_bytes, name=f"layer_{i}")
             history, candidates = layer(history, candidates, mask)
         return nn.LayerNorm(name="norm")(candidates)
 
@@ -98,19 +101,20 @@ class Layer(nn.Module):
     """One pre-LN layer.
 
     Attributes:
-      last: no layer follows, so that the history's output is not needed.
+      rows: how many of the history's last rows are queries, so go into its output: none where no
+        layer follows, the most recent ones in LONGER.
     """
 
     heads: int
-    last: bool
+    rows: int
     tile_bytes: int = 0
 
     @nn.compact
     def __call__(
         self, history: jax.Array, candidates: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array | None, jax.Array]:
-        """history [B, L, d], candidates [B, C, d], mask [B, L] -> the two anew; None if `last`."""
-        d = candidates.shape[-1]
+        """history [B, L, d], candidates [B, C, d], mask [B, L] -> the two anew, None of no rows."""
+        d, length = candidates.shape[-1], mask.shape[1]
 
         def dense(width: int, name: str, use_bias: bool = False) -> nn.Dense:
             return nn.Dense(width, use_bias, dot_general=token_dot_general, name=name)
@@ -133,23 +137,25 @@ class Layer(nn.Module):
         normed, own = norm(history), norm(candidates)
         keys = (*split(normed), mask)
         sizes = dict(
-            query_bytes=self.heads * mask.shape[1] * candidates.dtype.itemsize,
+            query_bytes=self.heads * length * candidates.dtype.itemsize,
             tile_bytes=self.tile_bytes,
         )
         attended = over_tiles(_candidates, (query(own), *split(own)), keys, **sizes)
         candidates = finish(candidates, attended)
-        if self.last:
+        if not self.rows:
             return None, candidates
 
         # ---- history: causal ----
-        attended = over_tiles(_causal, query(normed), keys, causal=True, **sizes)
-        return finish(history, attended), candidates
+        start = length - self.rows
+        attend = functools.partial(_causal, start)
+        attended = over_tiles(attend, query(normed[:, start:]), keys, causal=not start, **sizes)
+        return finish(history[:, start:], attended), candidates
 
 
-def _causal(q, keys, first):
-    """q [H, K, T] from position `first` on -> [H, K, T]."""
+def _causal(start, q, keys, first):
+    """q [H, K, T] from position `start + first` on -> [H, K, T]."""
     k, v, mask = keys
-    at = first + jnp.arange(q.shape[-1], dtype=jnp.int32)
+    at = start + first + jnp.arange(q.shape[-1], dtype=jnp.int32)
     visible = mask[:, None] & (jnp.arange(mask.size, dtype=jnp.int32)[:, None] <= at)
     weights = masked_softmax(jnp.einsum("hks,hkt->hst", k, q), visible, axis=-2)
     return jnp.einsum("hks,hst->hkt", v, weights.astype(v.dtype))

@@ -24,6 +24,7 @@ import sys
 import time
 from pathlib import Path
 
+from configs.baselines_alibaba import ROWS
 from ctr_jax.data.synthetic import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +138,8 @@ def studies() -> dict[str, dict[str, dict]]:
                 ("LASER", "laser"),
             )
         },
+        "baselines_movielens": {r: _row(f"baselines_movielens.py:{r}") for r in ROWS},
+        "baselines_demo": {r: _row(f"baselines_alibaba.py:{r},demo") for r in ROWS},
         "laser_ablations": {
             name: _row("laser_alibaba.py:long", **changes)
             for name, changes in LASER_ABLATIONS.items()

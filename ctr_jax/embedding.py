@@ -113,7 +113,7 @@ def row_sharding(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 def init_tables(
     rng: jax.Array,
     shapes: Mapping[str, tuple[int, int]],
-    scale: float = 0.01,
+    scale: float | Mapping[str, float] = 0.01,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, jax.Array]:
     """Normal(0, scale) tables {name: [rows, width] float32}; row 0 and the rows added are zero.
@@ -123,6 +123,7 @@ def init_tables(
     Args:
       shapes: {table: (rows, width)}, see `features.table_shapes`; rows are rounded up to a
         multiple of ROW_MULTIPLE.
+      scale: of all tables, or {table: scale}.
       mesh: where given, tables are made in place, split by rows over its axis "table".
     """
     multiple = math.lcm(ROW_MULTIPLE, mesh.shape[TABLE_AXIS]) if mesh is not None else ROW_MULTIPLE
@@ -133,7 +134,8 @@ def init_tables(
             padded = -(-rows // multiple) * multiple
             key = jax.random.fold_in(rng, zlib.crc32(name.encode()))
             row = jnp.arange(padded)[:, None]
-            values = scale * jax.random.normal(key, (padded, width), jnp.float32)
+            std = scale[name] if isinstance(scale, Mapping) else scale
+            values = std * jax.random.normal(key, (padded, width), jnp.float32)
             tables[name] = jnp.where((row != PADDING) & (row < rows), values, 0.0)
         return tables
 

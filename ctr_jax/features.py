@@ -73,6 +73,10 @@ class Column:
 
     An id column may feed several tables (CAN): give each its own `name`. A dense column has no
     table; its vector is the value itself, width 1.
+
+    Attributes:
+      init_scale: standard deviation of the table's initial values, the same in all columns that
+        share it; None = config.table_optimizer.init_scale.
     """
 
     group: str
@@ -80,6 +84,7 @@ class Column:
     table: str = ""
     width: int = 1
     name: str = ""
+    init_scale: float | None = None
 
     @property
     def key(self) -> str:
@@ -135,3 +140,8 @@ def table_shapes(columns: Iterable[Column], spec: DataSpec) -> dict[str, tuple[i
                 f"{column.width}; give one of the columns a table of its own"
             )
     return shapes
+
+
+def table_scales(columns: Iterable[Column], default: float) -> dict[str, float]:
+    """{table: standard deviation of its initial values}."""
+    return {c.table: default if c.init_scale is None else c.init_scale for c in columns if c.table}

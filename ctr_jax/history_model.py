@@ -19,7 +19,9 @@ Axis letters: B requests, C candidates, L history, d model width.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +32,7 @@ from ml_collections import ConfigDict
 
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.din_attention import DINAttention
+from ctr_jax.embedding import sum_of_rows
 from ctr_jax.features import Column, DataSpec, default_columns, require
 from ctr_jax.head import MLPHead
 from ctr_jax.layers import token_dot_general
@@ -63,12 +66,18 @@ class Tokens:
       behaviours: [B, L, d], L >= 1; exactly zero where not batch.behaviour_mask.
       profile: [B, p], the user and context vectors side by side; p may be 0.
       batch: RequestBatch, for masks and times.
+      common: for an interest that says `compares = True`, ([B, C, s], [B, L, s]): the vectors of
+        `common_columns` side by side, without gradients. Candidates and behaviours are projected
+        each by its own matrix; here, and nowhere else, equal items have equal vectors.
+      own: {Column.key: vectors} of `HistoryModel.own`, of behaviours [B, L, w].
     """
 
     candidates: jax.Array
     behaviours: jax.Array
     profile: jax.Array
     batch: RequestBatch
+    common: tuple[jax.Array, jax.Array] | None = None
+    own: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 class HistoryModel(nn.Module):
@@ -78,11 +87,13 @@ class HistoryModel(nn.Module):
       config: fields of `default_config`.
       columns: what `build` chose.
       interest: the module above, or None for a model without it.
+      own: columns that only the interest reads, and not in tiles of requests.
     """
 
     config: ConfigDict
     columns: tuple[Column, ...]
     interest: Any
+    own: tuple[Column, ...] = ()
 
     takes_rows = True
 
@@ -120,7 +131,11 @@ class HistoryModel(nn.Module):
                 short = DINAttention(name="short")
                 parts.append(short(query, recent, seen, batch.candidate_mask, train))
             if self.interest is not None:
-                interest = self._interest(Tokens(query, behaviours, profile, batch), train)
+                compares = getattr(self.interest, "compares", False)
+                common = _common(embedded, self.columns) if compares else None
+                own = {c.key: _read(embedded, c.key) for c in self.own}
+                tokens = Tokens(query, behaviours, profile, batch, common, own)
+                interest = self._interest(tokens, train)
                 if isinstance(interest, tuple):
                     interest, losses = interest
                 parts.append(interest)
@@ -146,15 +161,49 @@ class HistoryModel(nn.Module):
         return in_tiles(run, requests, tokens.batch, params, most)
 
 
+def common_columns(columns: Iterable[Column]) -> tuple[tuple[str, str], ...]:
+    """(key of the candidates', key of the behaviours') of what both have: one name, one table."""
+    columns = tuple(columns)
+    pairs = {(c.source, c.table): c.key for c in columns if c.group == "behaviour" and c.table}
+    return tuple(
+        (c.key, pairs[c.source, c.table])
+        for c in columns
+        if c.group == "candidate" and (c.source, c.table) in pairs
+    )
+
+
+def require_common(columns: Iterable[Column], spec: DataSpec, model: str) -> None:
+    """Raises ValueError unless there are `common_columns`."""
+    if not common_columns(columns):
+        raise ValueError(
+            f"{model} compares candidates with behaviours by the columns that both have, and "
+            f"{spec.name!r} has none of one name and vocabulary that is not excluded"
+        )
+
+
+def _common(embedded: EmbeddedBatch, columns: Iterable[Column]) -> tuple[jax.Array, jax.Array]:
+    """`Tokens.common`."""
+    embedded = jax.lax.stop_gradient(embedded)
+    sides = zip(*common_columns(columns), strict=True)
+    return tuple(jnp.concatenate([_read(embedded, key) for key in keys], -1) for keys in sides)
+
+
+def _read(embedded: EmbeddedBatch, key: str) -> jax.Array:
+    """The vectors of a column."""
+    if key in embedded.rows:
+        return sum_of_rows({key: embedded.rows[key]}, {key: embedded.slots[key]})
+    return embedded.vectors[key]
+
+
 def _of_requests(interest, train, requests, batch, params):
     return interest.apply({"params": params}, Tokens(*requests, batch), train)
 
 
 def build(
-    config: ConfigDict, spec: DataSpec, interest: Any
+    config: ConfigDict, spec: DataSpec, interest: Any, own: tuple[Column, ...] = ()
 ) -> tuple[nn.Module, tuple[Column, ...]]:
     """The frame around `interest`, and the columns it reads: all of the data set less
-    `config.exclude`.
+    `config.exclude`, and `own`, which are the interest's alone (`Tokens.own`).
 
     Raises:
       ValueError: sizes are not positive, or the data set lacks behaviour or candidate columns.
@@ -163,4 +212,4 @@ def build(
         raise ValueError("width must be >= 1 and short_length >= 0")
     columns = default_columns(spec, config.embedding_width, exclude=config.exclude)
     require(columns, spec, config.module)
-    return HistoryModel(config, columns, interest), columns
+    return HistoryModel(config, columns, interest, own), columns + own

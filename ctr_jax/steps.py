@@ -30,7 +30,7 @@ from ctr_jax import (
 )
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.config import ConfigError
-from ctr_jax.features import GROUPS, Column, DataSpec, table_shapes
+from ctr_jax.features import GROUPS, Column, DataSpec, table_scales, table_shapes
 from kernels import dispatch
 
 
@@ -146,7 +146,7 @@ def _init_fn(experiment: Experiment) -> Callable:
         tables = embedding.init_tables(
             table_rng,
             table_shapes(columns, experiment.spec),
-            scale=config.table_optimizer.init_scale,
+            scale=table_scales(columns, config.table_optimizer.init_scale),
             mesh=experiment.mesh,
         )
         batch = empty_batch(experiment.spec, experiment.mesh.size, config.history_length)

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from benchmarks import quality
-from configs import sparsectr_alibaba
+from configs import baselines_alibaba, baselines_movielens, sparsectr_alibaba
 from ctr_jax import sharding, steps
 from ctr_jax.data.expected import expected_spec
 from ctr_jax.data.synthetic import STUDIES, SyntheticConfig
@@ -43,6 +43,17 @@ def test_every_page_can_be_planned_without_its_data(page, tmp_path):
 def test_a_variant_that_does_not_exist_is_refused(page):
     with pytest.raises((ValueError, TypeError)):
         importlib.import_module(f"configs.{page}").get_config("no_such_variant")
+
+
+@pytest.mark.parametrize("row", baselines_alibaba.ROWS)
+@pytest.mark.parametrize("page", [baselines_alibaba, baselines_movielens])
+def test_every_baseline_can_be_planned(page, row, tmp_path):
+    config = page.get_config(row)
+    config.data.raw_dir = str(tmp_path)
+    assert row in config.name
+    with jax.set_mesh(mesh := sharding.make_mesh(data=1, table=1)):
+        experiment = steps.bind(config, expected_spec(config, {})[0], mesh, total_steps=1)
+        assert steps.state_shapes(experiment)["tables"]
 
 
 @pytest.mark.parametrize("variant", sparsectr_alibaba.EFFECTS)

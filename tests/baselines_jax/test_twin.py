@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baselines_jax import twin
+from ctr_jax import selection
 from tests.lrea_jax.cases import SPEC
 
 L = 9
-LARGEST = jax.jit(twin.largest, static_argnums=2)
+LARGEST = jax.jit(selection.largest, static_argnums=2)
 SCORES = st.sampled_from([0.0, 1.0, -1.0, 0.5, 1e-30, -1e-30, 3e38, -3e38, 1e9, -1e9])
 
 

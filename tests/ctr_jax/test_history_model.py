@@ -9,13 +9,39 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import laser_jax.model
-from baselines_jax import base, din, hstu, transformer, twin
+from baselines_jax import (
+    base,
+    bst,
+    can,
+    din,
+    eta,
+    hstu,
+    longer,
+    sdim,
+    sim,
+    suan,
+    transformer,
+    twin,
+    twin_v2,
+)
 from ctr_jax import history_model, query_tiles
 from kernels import dispatch
 from tests.lrea_jax.cases import QUICK, SPEC, batch_of, changed
 
-MODULES = dict(base=base, din=din, hstu=hstu, transformer=transformer, twin=twin)
-CHANGED = dict(base=dict(short_length=4), twin=dict(top_k=3))
+MODULES = dict(
+    base=base, bst=bst, can=can, din=din, eta=eta, hstu=hstu, longer=longer, sdim=sdim, sim=sim,
+    suan=suan, transformer=transformer, twin=twin, twin_v2=twin_v2,
+)  # fmt: skip
+CHANGED = dict(
+    base=dict(short_length=4),
+    bst=dict(num_layers=2, pooling="mean"),
+    can=dict(micro_widths=(4, 3, 2)),
+    eta=dict(top_k=3),
+    longer=dict(recent=2, merge=2),
+    sim=dict(top_k=3),
+    twin=dict(top_k=3),
+    twin_v2=dict(top_k=3, cluster_size=2),
+)
 
 
 def built(name, **kwargs):
@@ -41,15 +67,14 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", MODULES)
-def test_invariances(name, change):
+def test_invariances(name):
     apply, variables, embedded = built(name)
     logits = np.asarray(apply(variables, embedded))
-    what = CHANGES[change]
-    expected = logits[what.get("rows", slice(None))][:, what.get("candidates", slice(None))]
-    other = apply(variables, changed(embedded, **what))
-    np.testing.assert_allclose(other, expected, rtol=1e-5, atol=1e-5)
+    for change, what in CHANGES.items():
+        expected = logits[what.get("rows", slice(None))][:, what.get("candidates", slice(None))]
+        other = apply(variables, changed(embedded, **what))
+        np.testing.assert_allclose(other, expected, rtol=1e-5, atol=1e-5, err_msg=change)
 
 
 def test_base_reads_the_most_recent_behaviours_only():
@@ -78,10 +103,13 @@ def test_an_unknown_activation_is_refused():
         din.build(config, SPEC)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("laser", "transformer")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("laser", "transformer", "bst", "hstu", "longer", "suan")
+]
 
 
-@pytest.mark.parametrize("name", ["hstu", "twin", *SLOW])
+@pytest.mark.parametrize("name", ["twin", *SLOW])
 def test_few_requests_at_a_time_give_the_same_values_and_gradients(name, monkeypatch):
     module = laser_jax.model if name == "laser" else MODULES[name]
     config = module.default_config()
@@ -117,7 +145,8 @@ def test_few_requests_at_a_time_give_the_same_values_and_gradients(name, monkeyp
 
 
 @pytest.mark.parametrize(
-    "name", ["hstu", *(pytest.param(n, marks=pytest.mark.slow) for n in ("twin", "transformer"))]
+    "name",
+    ["sim", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hstu", "twin", "suan"))],
 )
 def test_each_device_goes_through_its_own_requests(name, monkeypatch):
     """With an accelerator's tiles, of which its batch makes several: else the loop over requests
