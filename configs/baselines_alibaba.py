@@ -1,5 +1,5 @@
-"""The rivals of SparseCTR's Table 2 on Alibaba's display-ad log (Tianchi 56): data, loop and rates of
-configs/sparsectr_alibaba.py, another model. The first word of the variant is the model:
+"""The rivals of SparseCTR's Table 2 on Alibaba's display-ad log (Tianchi 56): the data and the loop
+of configs/sparsectr_alibaba.py, another model. The first word of the variant is the model:
 
     python train.py --config=configs/baselines_alibaba.py:sim_soft       # the real files
     python eval.py  --config=configs/baselines_alibaba.py:sim_soft
@@ -8,8 +8,8 @@ configs/sparsectr_alibaba.py, another model. The first word of the variant is th
 `din`, `can`; two stages: `sim_soft`, `sim_hard`, `eta`, `sdim`, `twin`, `twin_v2`; self-attention:
 `bst`, `hstu`, `transformer`, `longer`, `suan`. The other words are sparsectr_alibaba's variants.
 Paper, AUC (Table 2): DIN .6209, CAN .6198, SoftSIM .6227, HardSIM .6247, ETA .6231, TWIN-V2 .6237,
-BST .6422, HSTU .6448, LONGER .6457, SUAN .6479, SparseCTR .6530. Expected on the demo:
-docs/results.md.
+BST .6422, HSTU .6448, LONGER .6457, SUAN .6479, SparseCTR .6530. Nothing is
+expected of the demo: its rate is SparseCTR's. More: docs/baselines.md.
 """
 
 import importlib

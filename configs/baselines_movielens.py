@@ -5,7 +5,7 @@ data, loop, frame and rates of configs/laser_movielens.py, another model.
     python eval.py  --config=configs/baselines_movielens.py:eta --config.data.raw_dir=DIR
 
 The rows of configs/baselines_alibaba.py; `:eta,v1` is the small protocol. DIR as in
-configs/sparsectr_movielens.py. Expected: docs/results.md.
+configs/sparsectr_movielens.py. Expected: docs/baselines.md.
 """
 
 from ml_collections import ConfigDict

@@ -148,10 +148,13 @@ def _with(tokens, vectors):
     return tokens.replace(candidates=candidates, behaviours=behaviours, profile=profile)
 
 
-NAMES = (
-    "values",
-    "gradients",
-    "isolation",
-    "padding",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("one_behaviour", "halves")),
-)
+EVERY, SLOW = ("values", "gradients", "isolation", "padding"), ("one_behaviour", "halves")
+
+
+def names(*slow: str) -> list:
+    """Of the checks, those of SLOW and `slow` for the longer tests."""
+    slow = (*SLOW, *slow)
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name in slow else ())
+        for name in (*EVERY, *SLOW)
+    ]

@@ -23,7 +23,7 @@ import pytest
 from baselines_jax import bst
 from baselines_jax.bst import BST
 from tests.baselines_jax.cases import LENGTH, QUICK, D, tokens_of
-from tests.baselines_jax.invariances import NAMES, Checks
+from tests.baselines_jax.invariances import Checks, names
 from tests.baselines_jax.references import requests, softmax
 from tests.lrea_jax.cases import SPEC
 
@@ -97,7 +97,7 @@ def checks(*variant):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_two_layers_of_which_all_rows_are_read(name):
     getattr(checks(2, "index", "mean"), name)()
 
