@@ -19,12 +19,12 @@ from ml_collections import ConfigDict
 from ctr_jax.layers import RMSNorm, SwiGLU, token_dot_general
 from kernels.evo_attention import RelTemporal
 from kernels.softmax import accumulation_dtype
-from sparsectr_jax import evo_attention
+from sparsectr_jax import encoded_attention, evo_attention
 from sparsectr_jax.aggregate import MEAN_TYPE, Aggregate, chunk_mean
 from sparsectr_jax.chunking import transition_slots
+from sparsectr_jax.encodings import ADDED, layer_encoding
 from sparsectr_jax.evo_attention import EvoSpec, History, Keys, gather_rows
-from sparsectr_jax.full_attention import full_attention
-from sparsectr_jax.temporal import slope_init
+from sparsectr_jax.rivals import Rival
 
 
 def evo_spec(config: ConfigDict) -> EvoSpec:
@@ -39,10 +39,11 @@ def evo_spec(config: ConfigDict) -> EvoSpec:
         raise ValueError("at least one of use_global, use_transition, use_local must be True")
     if config.logit_scale not in ("head", "model"):
         raise ValueError(f"logit_scale must be 'head' or 'model', got {config.logit_scale!r}")
+    temporal = config.encoding == "rel_temporal"
     rel = RelTemporal(
-        time=config.rel_time,
-        hour=config.rel_hour,
-        weekend=config.rel_weekend,
+        time=temporal and config.rel_time,
+        hour=temporal and config.rel_hour,
+        weekend=temporal and config.rel_weekend,
         timezone_hours=config.timezone_hours,
         hour_form=config.hour_form,
         bucket=config.time_bucket,
@@ -137,24 +138,17 @@ class EvoAttention(nn.Module):
         def output(x: jax.Array) -> jax.Array:
             return dense["output"](x.reshape(x.shape[:-2] + (config.width,)))
 
-        slopes = self.param(
-            "slopes", lambda rng: slope_init(heads, config.slope_init).astype(jnp.float32)
-        )
+        length = behaviours.shape[1]
+        encoding = layer_encoding(self.param, config, spec.rel, length)
         q_c = project("query", candidates)
         q_b = None if last else project("query", behaviours)
 
-        if config.attention == "full":
-            k, v = project("key", behaviours), project("value", behaviours)
-            q = q_c if last else jnp.concatenate([q_b, q_c], 1)
-            times = (history.times, history.mask, history.request_time)
-            out = output(full_attention(q, k, v, slopes, *times, spec.rel, spec.scale, not last))
-            length = 0 if last else behaviours.shape[1]
-            return (None if last else out[:, :length]), out[:, length:]
         if config.attention != "evo":
-            raise ValueError(f"attention must be 'evo' or 'full', got {config.attention!r}")
+            rival = Rival(config, spec.scale, project, encoding, history, self.dtype)
+            out_b, out_c = rival((q_b, q_c), (behaviours, candidates))
+            return None if last else output(out_b), output(out_c)
 
         # Keys and values, at as few places as the block needs.
-        length = behaviours.shape[1]
         mean_type = config.aggregate in MEAN_TYPE
         pool = Aggregate(config.aggregate, config.aggregate_scope, self.dtype, name="aggregate")
         index = transition_slots(history.chunks, spec.m)[0].reshape(behaviours.shape[0], -1)
@@ -196,6 +190,20 @@ class EvoAttention(nn.Module):
         def fuse(branches, seen: jax.Array) -> jax.Array:
             return output(gate([x for x in branches if x is not None], seen[..., used]))
 
+        if config.encoding in ADDED:  # the op has no such bias
+            at = (history, spec, encoding)
+            out_c = fuse(encoded_attention.candidate_branches(q_c, keys, *at), seen_c)
+            if last:
+                return None, out_c
+            return fuse(encoded_attention.behaviour_branches(q_b, k, v, keys, *at), seen_b), out_c
+        slopes = encoding.slopes
+        if config.encoding != "rel_temporal":
+            slopes = jnp.zeros((3, heads))
+        if config.encoding == "rope":  # candidates stand at 0
+            keys = encoded_attention.rotated_keys(keys, history, spec, encoding)
+            if not last:
+                at = jnp.arange(length, dtype=jnp.int32)
+                q_b, k = (encoding.rotated(x, at, length) for x in (q_b, k))
         out_c = fuse(evo_attention.candidate_branches(q_c, keys, slopes, history, spec), seen_c)
         if last:
             return None, out_c

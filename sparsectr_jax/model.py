@@ -7,6 +7,9 @@ ablation of the paper is a change of the config alone:
   B1 all of rel_time, rel_hour, rel_weekend = False    B2, B3, B4 one of them
   chunking = "time" | "fixed" | "sim"
 
+and so is each alternative of Figure 2: attention = "dilated" | "nsa" | "kernel" (rivals.py, and a
+file each), encoding = "hstu" | "t5" | "alibi" | "rope" (encodings.py).
+
 Axis letters: B requests, C candidates, L history, P chunks, d model width, H heads.
 """
 
@@ -27,7 +30,7 @@ from ctr_jax.layers import MLP, token_dot_general
 from ctr_jax.request_tiles import in_tiles, loss_in_tiles
 from ctr_jax.tokens import BehaviourToken
 from kernels import dispatch
-from sparsectr_jax import chunking
+from sparsectr_jax import chunking, encodings, rivals
 from sparsectr_jax.block import SparseBlock, evo_spec
 from sparsectr_jax.evo_attention import History
 
@@ -49,7 +52,7 @@ def default_config() -> ConfigDict:
     config.num_transition = 2  # m
     config.local_window = 5  # w
     # EvoAttention.
-    config.attention = "evo"  # evo | full (A1)
+    config.attention = "evo"  # evo | full (A1) | dilated | nsa | kernel (4.4.1)
     config.use_global = True  # False: A2
     config.use_transition = True  # False: A3
     config.use_local = True  # False: A4
@@ -60,6 +63,15 @@ def default_config() -> ConfigDict:
     config.gate = "literal"  # literal (3d x 3) | per_head
     config.mask_empty_branches = True  # gate logit -inf for a branch with nothing to see
     config.logit_scale = "head"  # 1 / sqrt of the head's width | the model's, as eqs. 6-8 print it
+    # The other attentions; the window of dilated and nsa is local_window.
+    config.dilated_stride = 32  # s: every s-th behaviour
+    config.nsa_block = 32  # l: behaviours of a compressed run and of a selection block
+    config.nsa_stride = 16  # s: between the ends of runs
+    config.nsa_top = 2  # n: blocks selected, the own one not counted
+    config.kernel_rows = 64  # Linformer's rows, for any length; needs encoding = "none"
+    config.length = 1024  # the longest history, for attention = "kernel" or encoding = "hstu"
+    # Relative encoding: rel_temporal | hstu | t5 | alibi | rope (4.4.3) | none.
+    config.encoding = "rel_temporal"
     # RelTemporal.
     config.rel_time = True  # False: B2
     config.rel_hour = True  # False: B3
@@ -245,6 +257,8 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
     if min(config.num_layers, config.num_chunks, config.num_transition, config.local_window) < 1:
         raise ValueError("num_layers, num_chunks, num_transition and local_window must be >= 1")
     evo_spec(config)
+    rivals.check(config)
+    encodings.check(config)
     columns = default_columns(spec, config.embedding_width, exclude=config.exclude)
     require(columns, spec, "SparseCTR")
     return SparseCTR(config, columns), columns

@@ -322,12 +322,13 @@ def test_impossible_settings_are_refused():
         ({"use_global": False, "use_transition": False, "use_local": False}, "at least one"),
         ({"hour_form": "minute"}, "hour_form"),
         ({"logit_scale": "none"}, "logit_scale"),
+        ({"attention": "x"}, "attention must be"),
         ({"exclude": ("user/height",)}, "no such column"),
         ({"exclude": ("behaviour/cate", "behaviour/type")}, "behaviour column"),
     ]:
         with pytest.raises(ValueError, match=match):
             model.build(small(**changes), data_spec())
-    for changes in ({"gate": "x"}, {"aggregate": "x"}, {"block": "x"}, {"attention": "x"}):
+    for changes in ({"gate": "x"}, {"aggregate": "x"}, {"block": "x"}):
         module, columns = model.build(small(**changes), data_spec())
         with pytest.raises(ValueError, match="must be"):
             jax.eval_shape(
