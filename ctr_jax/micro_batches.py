@@ -37,8 +37,9 @@ def split(tree, parts: int, mesh: jax.sharding.Mesh):
     sharding = NamedSharding(mesh, PartitionSpec(None, DATA))
 
     def leaf(x):
-        x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
-        x = x.reshape(parts, -1, *x.shape[3:])
+        rows, rest = len(x) // (shards * parts), x.shape[1:]  # not -1: histories may have length 0
+        x = x.reshape(shards, parts, rows, *rest).swapaxes(0, 1)
+        x = x.reshape(parts, shards * rows, *rest)
         return jax.lax.with_sharding_constraint(x, sharding)
 
     return jax.tree.map(leaf, tree)
@@ -50,8 +51,9 @@ def join(tree, mesh: jax.sharding.Mesh):
     sharding = NamedSharding(mesh, PartitionSpec(DATA))
 
     def leaf(x):
-        parts = x.shape[0]
-        x = x.reshape(parts, shards, -1, *x.shape[2:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x.reshape(-1, *x.shape[3:]), sharding)
+        parts, size, rest = x.shape[0], x.shape[1], x.shape[2:]
+        x = x.reshape(parts, shards, size // shards, *rest).swapaxes(0, 1)
+        x = x.reshape(parts * size, *rest)
+        return jax.lax.with_sharding_constraint(x, sharding)
 
     return jax.tree.map(leaf, tree)

@@ -34,4 +34,8 @@ def cut(tree: Any, size: int) -> Any:
 
 def whole(tree: Any, b: int) -> Any:
     """[groups, size, ...] -> [B, ...] without what `cut` added."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], tree)
+
+    def of_array(x):  # not by -1, which cannot be told where an axis is 0: no profile, no history
+        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[:b]
+
+    return jax.tree.map(of_array, tree)

@@ -8,7 +8,13 @@ import jax
 import pytest
 
 from benchmarks import quality
-from configs import baselines_alibaba, baselines_movielens, sparsectr_alibaba
+from configs import (
+    baselines_alibaba,
+    baselines_amazon,
+    baselines_movielens,
+    baselines_taobao,
+    sparsectr_alibaba,
+)
 from ctr_jax import sharding, steps
 from ctr_jax.data.expected import expected_spec
 from ctr_jax.data.synthetic import STUDIES, SyntheticConfig
@@ -16,6 +22,7 @@ from ctr_jax.data.synthetic import STUDIES, SyntheticConfig
 PAGES = sorted(
     p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__"
 )
+BASELINES = (baselines_alibaba, baselines_amazon, baselines_movielens, baselines_taobao)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -46,7 +53,7 @@ def test_a_variant_that_does_not_exist_is_refused(page):
 
 
 @pytest.mark.parametrize("row", baselines_alibaba.ROWS)
-@pytest.mark.parametrize("page", [baselines_alibaba, baselines_movielens])
+@pytest.mark.parametrize("page", BASELINES, ids=lambda page: page.__name__.split("_")[-1])
 def test_every_baseline_can_be_planned(page, row, tmp_path):
     config = page.get_config(row)
     config.data.raw_dir = str(tmp_path)

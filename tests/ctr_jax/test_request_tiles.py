@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ctr_jax import hlo
+from ctr_jax import hlo, micro_batches
 from ctr_jax.request_tiles import in_tiles, loss_in_tiles
 from kernels import dispatch
 from kernels.request_groups import cut, size_of_groups, whole
@@ -159,3 +159,14 @@ def test_groups_are_of_one_size_and_lose_nothing(b, most):
     x = np.arange(b)
     assert cut({"x": x}, size)["x"].shape == (groups, size)
     np.testing.assert_array_equal(whole(cut({"x": x}, size), b)["x"], x)
+
+
+def test_an_axis_may_be_empty():
+    """No columns of users: a profile of width 0. No history: behaviours of length 0."""
+    for shape in ((5, 0), (5, 0, 3)):
+        assert whole(cut(jnp.zeros(shape), 2), 5).shape == shape
+    mesh = jax.make_mesh((2, 1), ("data", "table"), (AxisType.Auto,) * 2)
+    x = jnp.zeros((8, 0, 3))
+    with jax.set_mesh(mesh):
+        parts = micro_batches.split(x, 2, mesh)
+        assert parts.shape == (2, 4, 0, 3) and micro_batches.join(parts, mesh).shape == x.shape
