@@ -22,7 +22,6 @@ from ctr_jax.data.synthetic import STUDIES, SyntheticConfig
 PAGES = sorted(
     p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.stem != "__init__"
 )
-BASELINES = (baselines_alibaba, baselines_amazon, baselines_movielens, baselines_taobao)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -53,7 +52,14 @@ def test_a_variant_that_does_not_exist_is_refused(page):
 
 
 @pytest.mark.parametrize("row", baselines_alibaba.ROWS)
-@pytest.mark.parametrize("page", BASELINES, ids=lambda page: page.__name__.split("_")[-1])
+@pytest.mark.parametrize(
+    "page",
+    [
+        baselines_alibaba,
+        baselines_movielens,
+        *(pytest.param(p, marks=pytest.mark.slow) for p in (baselines_amazon, baselines_taobao)),
+    ],
+)
 def test_every_baseline_can_be_planned(page, row, tmp_path):
     config = page.get_config(row)
     config.data.raw_dir = str(tmp_path)

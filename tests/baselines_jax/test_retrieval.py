@@ -7,18 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from baselines_jax import eta, sdim, sim, twin
-from ctr_jax import evaluation, flops, history_model, query_tiles, selection
-from ctr_jax.batch import EmbeddedBatch
+from baselines_jax import eta, sdim, sim
+from ctr_jax import flops, history_model, selection
 from ctr_jax.features import Column, DataColumn, DataSpec
-from ctr_jax.training import train
-from kernels import dispatch
 from tests.baselines_jax.cases import IN_TILES, QUICK, D, padded, tokens_of
 from tests.baselines_jax.references import requests, softmax
-from tests.ctr_jax.test_training import check_mesh, check_micro_batches, final_state
-from tests.lrea_jax.cases import SPEC, batch_of
 
 K, HEADS, BITS, GROUPS, L, C = 3, 2, 5, 3, 11, 4
 LENGTHS = (11, 0, 6, 1)  # full, empty, ragged, one behaviour
@@ -388,101 +382,3 @@ def test_common_columns_have_one_name_and_one_table():
     assert history_model.common_columns(columns) == (
         ("candidate/kind", "behaviour/kind"), ("candidate/item", "behaviour/item"),
     )  # fmt: skip
-
-
-def small(module, **changes):
-    config = module.default_config()
-    config.update(embedding_width=3, width=8, head_hidden=(6,))
-    config.update(changes)
-    return config
-
-
-def test_vectors_are_common_however_they_are_given():
-    """As vectors, or as rows and the places in them."""
-    model, columns = sdim.build(small(sdim), SPEC)
-    embedded = batch_of(columns)
-    rows = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
-    slots = np.random.default_rng(1).integers(0, 22, (5, 12)).astype(np.int32)
-    rows, slots = jnp.asarray(rows), jnp.asarray(slots)
-    vectors = {**embedded.vectors, "behaviour/item": jnp.pad(rows, ((0, 2), (0, 0)))[slots]}
-    given = EmbeddedBatch(embedded.batch, vectors)
-    others = {k: v for k, v in vectors.items() if k != "behaviour/item"}
-    as_rows = EmbeddedBatch(
-        embedded.batch, others, {"behaviour/item": rows}, {"behaviour/item": slots}
-    )
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), given, False))
-    assert variables["hashes"]["interest"]["hash"]["projections"].shape == (3, 48)
-    variables = jax.tree.map(lambda x: np.ones(x.shape, np.float32), variables)
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sdim.SDIM, "__call__", lambda self, tokens, train: seen.append(tokens))
-        for one in (given, as_rows):
-            with pytest.raises(TypeError):  # the interest is None
-                model.apply(variables, one, False)
-    for tokens in seen:
-        np.testing.assert_array_equal(tokens.common[0], vectors["candidate/item"])
-        np.testing.assert_array_equal(tokens.common[1], vectors["behaviour/item"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["eta", "sdim"])
-def test_hashes_stay_through_training_and_restart(name, small_config, tmp_path):
-    module = dict(eta=eta, sdim=sdim)[name]
-    small_config.model = small(module)
-    small_config.validate = False
-    whole = train(small_config, tmp_path / "whole")
-    assert whole["step"] == 6
-    small_config.total_steps = 3
-    train(small_config, tmp_path / "parts")
-    small_config.total_steps = 6
-    train(small_config, tmp_path / "parts")
-    states = [final_state(small_config, tmp_path / part) for part in ("whole", "parts")]
-    jax.tree.map(np.testing.assert_array_equal, *states)
-    first = final_state(small_config, tmp_path / "parts", step=3)["model_state"]
-    jax.tree.map(np.testing.assert_array_equal, first, states[0]["model_state"])
-    assert np.abs(first["hashes"]["interest"]["hash"]["projections"]).min() > 0
-    assert 0 <= evaluation.evaluate(small_config, tmp_path / "parts")["test"]["auc"] <= 1
-
-
-TRAINED = dict(
-    soft=(sim, dict(search="soft", top_k=3)),
-    hard=(sim, dict(search="hard", top_k=3)),
-    eta=(eta, dict(top_k=3)),
-    sdim=(sdim, {}),
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", [check_mesh, check_micro_batches])
-@pytest.mark.parametrize("name", TRAINED)
-def test_meshes_and_micro_batches(name, check, small_config):
-    module, changes = TRAINED[name]
-    small_config.model = small(module, **changes)
-    if name == "soft" and check is check_mesh:  # of micro-batches it is the mean of means
-        small_config.loss.weights.search = 0.5
-    check(small_config, 4, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["soft", "eta", "twin"])
-def test_each_device_goes_through_its_own_requests(name, monkeypatch):
-    """In several tiles: a loop over them would else have every device gather, and do, all."""
-    monkeypatch.setattr(query_tiles, "TILE_BYTES", {"cpu": 256})
-    module, changes = {**TRAINED, "twin": (twin, dict(top_k=3))}[name]
-    model, columns = module.build(small(module, **changes), SPEC)
-    embedded = batch_of(columns, lengths=(7, 5, 3, 1, 7, 6, 0, 2))
-    variables = model.init(jax.random.key(0), embedded, False)
-
-    def loss(variables, vectors):
-        return jnp.sum(model.apply(variables, embedded.replace(vectors=vectors), False)[0] ** 2)
-
-    expected = jax.jit(jax.grad(loss, (0, 1)))(variables, embedded.vectors)
-    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
-    with jax.set_mesh(mesh), dispatch.scope("auto", ("data",)):
-        split = NamedSharding(mesh, PartitionSpec("data"))
-        variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
-        arguments = variables, jax.device_put(embedded.vectors, split)
-        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile()
-        got = compiled(*arguments)
-    assert "all-gather" not in compiled.as_text()
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, expected)

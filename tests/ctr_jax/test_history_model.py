@@ -146,7 +146,7 @@ def test_few_requests_at_a_time_give_the_same_values_and_gradients(name, monkeyp
 
 @pytest.mark.parametrize(
     "name",
-    ["sim", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hstu", "twin", "suan"))],
+    ["sim", *(pytest.param(n, marks=pytest.mark.slow) for n in ("eta", "hstu", "suan", "twin"))],
 )
 def test_each_device_goes_through_its_own_requests(name, monkeypatch):
     """With an accelerator's tiles, of which its batch makes several: else the loop over requests
