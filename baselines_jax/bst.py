@@ -42,7 +42,7 @@ from ml_collections import ConfigDict
 
 from ctr_jax import history_model
 from ctr_jax.features import Column, DataSpec
-from ctr_jax.history_model import Tokens
+from ctr_jax.history_model import Tokens, check_length
 from ctr_jax.layers import token_product
 from ctr_jax.query_tiles import heads_last, over_tiles, tokens_last
 from ctr_jax.time_buckets import BUCKETS, bucket
@@ -127,9 +127,8 @@ class BST(nn.Module):
         """
         batch, history, candidates = tokens.batch, tokens.behaviours, tokens.candidates
         (_, length, d), mask = history.shape, batch.behaviour_mask
-        limited = self.position == "index" or self.pooling == "concat"
-        if limited and length > self.length:
-            raise ValueError(f"a history of {length} behaviours, but config.length={self.length}")
+        if self.position == "index" or self.pooling == "concat":
+            check_length(tokens, self.length)
 
         # ---- positions ----
         rows = self.length + 1 if self.position == "index" else BUCKETS + 1

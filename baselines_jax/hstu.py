@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 
 from ctr_jax import history_model
 from ctr_jax.features import Column, DataSpec
-from ctr_jax.history_model import Tokens
+from ctr_jax.history_model import Tokens, check_length
 from ctr_jax.layers import token_dot_general
 from ctr_jax.query_tiles import heads_last, over_tiles, tokens_last
 from ctr_jax.time_buckets import BUCKETS, bucket
@@ -86,11 +86,8 @@ class HSTU(nn.Module):
           ValueError: the history is longer than `length`.
         """
         del train
+        check_length(tokens, self.length)
         history, candidates, batch = tokens.behaviours, tokens.candidates, tokens.batch
-        if history.shape[1] > self.length:
-            raise ValueError(
-                f"a history of {history.shape[1]} behaviours, but config.length={self.length}"
-            )
         clock = (batch.behaviour_mask, batch.behaviour_time, batch.request_time)
         for i in range(self.layers):
             last = i == self.layers - 1

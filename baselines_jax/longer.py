@@ -38,7 +38,7 @@ from ml_collections import ConfigDict
 from baselines_jax.transformer import Layer
 from ctr_jax import history_model
 from ctr_jax.features import Column, DataSpec
-from ctr_jax.history_model import Tokens
+from ctr_jax.history_model import Tokens, check_length
 from ctr_jax.layers import token_dot_general
 from ctr_jax.time_buckets import BUCKETS, bucket
 from kernels.softmax import accumulation_dtype, masked_softmax
@@ -108,8 +108,7 @@ class Longer(nn.Module):
         del train
         batch, history, k = tokens.batch, tokens.behaviours, self.merge
         (b, length, d), mask = history.shape, batch.behaviour_mask
-        if length > self.length:
-            raise ValueError(f"a history of {length} behaviours, but config.length={self.length}")
+        check_length(tokens, self.length)
         init = nn.initializers.normal(0.02)
 
         # ---- behaviours, K to a token ----

@@ -41,7 +41,7 @@ from ml_collections import ConfigDict
 
 from ctr_jax import history_model
 from ctr_jax.features import Column, DataSpec, default_columns
-from ctr_jax.history_model import Tokens
+from ctr_jax.history_model import Tokens, check_length
 from ctr_jax.layers import RMSNorm, SwiGLU, token_dot_general
 from ctr_jax.query_tiles import heads_last, over_tiles, tokens_last
 from ctr_jax.time_buckets import BUCKETS, bucket
@@ -105,11 +105,8 @@ class SUAN(nn.Module):
           ValueError: the history is longer than `length`.
         """
         del train
+        check_length(tokens, self.length)
         history, candidates, batch = tokens.behaviours, tokens.candidates, tokens.batch
-        if history.shape[1] > self.length:
-            raise ValueError(
-                f"a history of {history.shape[1]} behaviours, but config.length={self.length}"
-            )
         user = None
         if self.fields:
             columns = jnp.split(tokens.profile, np.cumsum(self.fields)[:-1], axis=-1)

@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 
 from ctr_jax import history_model
 from ctr_jax.features import Column, DataSpec
-from ctr_jax.history_model import Tokens
+from ctr_jax.history_model import Tokens, check_length
 from ctr_jax.layers import token_dot_general
 from ctr_jax.query_tiles import heads_last, over_tiles, tokens_last
 from kernels.softmax import masked_softmax
@@ -84,8 +84,7 @@ class Transformer(nn.Module):
         del train
         history, candidates = tokens.behaviours, tokens.candidates
         (_, length, d), mask = history.shape, tokens.batch.behaviour_mask
-        if length > self.length:
-            raise ValueError(f"a history of {length} behaviours, but config.length={self.length}")
+        check_length(tokens, self.length)
         init = nn.initializers.normal(0.02)
         position = self.param("position", init, (self.length + 1, d))  # oldest first, then q
         history = history + position[self.length - length : -1]

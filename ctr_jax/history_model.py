@@ -80,6 +80,17 @@ class Tokens:
     own: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
+def check_length(tokens: Tokens, longest: int) -> None:
+    """For interests with a row of parameters per place or distance.
+
+    Raises:
+      ValueError: the history is longer than config.length.
+    """
+    length = tokens.behaviours.shape[1]
+    if length > longest:
+        raise ValueError(f"a history of {length} behaviours, but config.length={longest}")
+
+
 class HistoryModel(nn.Module):
     """The frame.
 

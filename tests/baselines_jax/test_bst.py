@@ -8,12 +8,8 @@ torch 2.13.0, fuxictr 2.3.10 and FuxiCTR 0245987.
 """
 
 import functools
-import importlib.util
 import math
-import os
-import pathlib
 import types
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +20,7 @@ from baselines_jax import bst
 from baselines_jax.bst import BST
 from tests.baselines_jax.cases import LENGTH, QUICK, D, tokens_of
 from tests.baselines_jax.invariances import Checks, names
+from tests.baselines_jax.public_code import checkout, imported
 from tests.baselines_jax.references import requests, softmax
 from tests.lrea_jax.cases import SPEC
 
@@ -186,27 +183,13 @@ def test_dropout_acts_in_training_only_and_on_each_candidate_by_itself():
 # ---- FuxiCTR ----
 
 
-def imported(name):
-    with warnings.catch_warnings():  # what they say at import is not ours to mend
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name, reason=f"{name} is not installed")
-
-
 @pytest.fixture(scope="module")
 def fuxictr():
     """torch, and FuxiCTR's BST.py as a module."""
     torch = imported("torch")
     imported("fuxictr.pytorch.models")
-    directory = os.environ.get("FUXICTR_PARITY_DIR")
-    path = pathlib.Path(directory or "", "model_zoo", "BST", "src", "BST.py")
-    if not directory or not path.is_file():
-        pytest.skip("FUXICTR_PARITY_DIR names no checkout of github.com/reczoo/FuxiCTR")
-    spec = importlib.util.spec_from_file_location("fuxictr_bst", path)
-    found = importlib.util.module_from_spec(spec)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        spec.loader.exec_module(found)
-    return torch, found
+    parts = ("model_zoo", "BST", "src", "BST.py")
+    return torch, checkout("FUXICTR_PARITY_DIR", "reczoo/FuxiCTR", *parts)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

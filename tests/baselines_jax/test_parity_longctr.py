@@ -8,10 +8,7 @@ not find its own. Seen to pass with torch 2.13.0, fuxictr 2.3.10 and LongCTR 7e5
 that ours do not is asserted too: the tests that say so in their names.
 """
 
-import importlib.util
 import math
-import os
-import pathlib
 from collections import OrderedDict
 
 import jax
@@ -21,7 +18,7 @@ import pytest
 
 from baselines_jax import eta, sdim, sim
 from tests.baselines_jax.cases import D, tokens_of
-from tests.baselines_jax.test_parity_torch import imported
+from tests.baselines_jax.public_code import checkout, imported
 
 L, HEADS = 9, 2
 RAGGED, FULL, NONE = (9, 4, 1, 6), (9, 9), (0,)
@@ -43,15 +40,10 @@ def longctr(torch, tmp_path_factory):
     """(name, behaviours, **options) -> a model of LongCTR that knows items 0 to n - 1."""
     imported("pandas")
     features = imported("fuxictr.features")
-    directory = os.environ.get("LONGCTR_PARITY_DIR")
-    if not directory or not pathlib.Path(directory, "SIM", "SIM.py").is_file():
-        pytest.skip("LONGCTR_PARITY_DIR names no checkout of github.com/reczoo/LongCTR")
+    checkout("LONGCTR_PARITY_DIR", "reczoo/LongCTR", "SIM", "SIM.py")
 
     def model(name, items, **options):
-        path = pathlib.Path(directory, name, f"{name}.py")
-        spec = importlib.util.spec_from_file_location(f"longctr_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = checkout("LONGCTR_PARITY_DIR", "reczoo/LongCTR", name, f"{name}.py")
         feature_map = features.FeatureMap("parity", str(tmp_path_factory.mktemp("longctr")))
         item = dict(type="categorical", source="item", vocab_size=items, embedding_dim=D)
         feature_map.features = OrderedDict(item=item)

@@ -7,11 +7,6 @@ FuxiCTR's layers are imported from its package and LongCTR's TWIN from that chec
 where it does not find its own. Seen to pass with torch 2.13.0, fuxictr 2.3.10 and LongCTR 7e5bea3.
 """
 
-import importlib.util
-import os
-import pathlib
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,15 +15,10 @@ import pytest
 from baselines_jax.twin import TWIN
 from ctr_jax.din_attention import DINAttention
 from tests.baselines_jax.cases import D, tokens_of
+from tests.baselines_jax.public_code import checkout, imported
 
 LENGTHS, L = (9, 4, 1), 9  # no empty history: there the references differ, as a test below shows
 TOLERANCE = dict(rtol=1e-5, atol=2e-6)
-
-
-def imported(name):
-    with warnings.catch_warnings():  # what they say at import is not ours to mend
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name, reason=f"{name} is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +34,7 @@ def fuxictr(torch):
 @pytest.fixture(scope="module")
 def longctr(fuxictr):
     """LongCTR's TWIN.py as a module."""
-    directory = os.environ.get("LONGCTR_PARITY_DIR")
-    path = pathlib.Path(directory or "", "TWIN", "TWIN.py")
-    if not directory or not path.is_file():
-        pytest.skip("LONGCTR_PARITY_DIR names no checkout of github.com/reczoo/LongCTR")
-    spec = importlib.util.spec_from_file_location("longctr_twin", path)
-    module = importlib.util.module_from_spec(spec)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        spec.loader.exec_module(module)
-    return module
+    return checkout("LONGCTR_PARITY_DIR", "reczoo/LongCTR", "TWIN", "TWIN.py")
 
 
 def pairs_of(tokens):
