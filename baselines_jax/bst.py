@@ -112,11 +112,7 @@ class BST(nn.Module):
     length: int = 1000
     tile_bytes: int = 0
 
-    loops_over_requests = True
-
-    @property
-    def takes_tiles(self) -> bool:
-        return self.dropout == 0  # the frame's tiles have no random numbers
+    takes_tiles = loops_over_requests = True
 
     @nn.compact
     def __call__(self, tokens: Tokens, train: bool) -> jax.Array:
@@ -151,8 +147,8 @@ class BST(nn.Module):
         own = {name: project(name, candidates) for name in "qkv"}
         own["seen"] = over_tiles(_over_history, own["q"], keys, **sizes)
         own["x"] = jnp.swapaxes(candidates, 1, 2)
-        if self.dropout and train:
-            own["seed"] = jax.random.bits(self.make_rng("dropout"), candidates.shape[:2])
+        if tokens.seeds is not None:
+            own["seed"] = tokens.seeds
         # Whether all rows are read of a layer, or the candidate's alone.
         whole = [True] * (self.layers - 1) + [self.pooling != "target"]
         shared = {"mask": mask}

@@ -7,13 +7,14 @@ search = "soft" selects the k largest of
     r_l = (x_l W_b)(q W_a)
 
 and trains the search, whose choice has no gradient, by a click model of its own: the loss "search",
-which config.loss.weights.search weighs, is the binary cross-entropy of MLP([q, profile, c sum_l r_l
-x_l]) over valid candidates. The sum, over all valid behaviours, is a product of q W_a with sum_l
-x_l (x_l W_b)^T, formed once per history: r itself is needed for the choice only. The paper has
-c = 1; here c = SUM_SCALE / sqrt(d), which changes neither the choice nor what can be learned: with
-1 the sum over a long history drowns all else in the first steps. The MLP has the widths of the
-head. Of equal r the newer behaviour is selected. With micro-batches the loss is the mean of those
-of the parts.
+which config.loss.weights.search weighs, is the binary cross-entropy of MLP([q, c sum_l r_l x_l])
+over valid candidates, each of one weight. LongCTR's MLP reads the profile too, which has the user's
+row trained twice over. The sum, over all valid behaviours, is a product of q W_a with sum_l x_l
+(x_l W_b)^T, formed once per history: r itself is needed for the choice only. The paper has c = 1;
+here c = SUM_SCALE / sqrt(d), which changes neither the choice nor what can be learned: with 1 the
+sum over a long history drowns all else in the first steps. The MLP has the widths of the head. Of
+equal r the newer behaviour is selected. With micro-batches the loss is the mean of those of the
+parts.
 
 search = "hard" selects the k most recent behaviours of the candidate's category: of column
 `category`, which candidates and behaviours share. Padding, out-of-vocabulary and missing are no
@@ -164,10 +165,8 @@ class SoftSIM(nn.Module):
         history = jnp.einsum("bld,blk->bdk", behaviours, k, **exact)
         q = q * (SUM_SCALE * d**-0.5)
         pooled = jnp.einsum("bdk,bck->bcd", history, q, **exact).astype(q.dtype)
-        profile = tokens.profile[:, None]
-        profile = jnp.broadcast_to(profile, (*candidates.shape[:2], profile.shape[-1]))
         head = MLPHead(self.hidden, base_rate=self.base_rate, name="search_head")
-        logits = head(jnp.concatenate([candidates, profile, pooled], -1))
+        logits = head(jnp.concatenate([candidates, pooled], -1))
         loss = binary_cross_entropy(logits, batch.label, batch.candidate_mask)
         return found, {"search": loss}
 

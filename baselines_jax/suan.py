@@ -9,7 +9,7 @@
 
 Each of N blocks; the rows of x are the history's and the candidates'. The residual stream is the
 normalised tensor, the norm's eps stands outside the root, SwiGLU has biases and the attentions have
-none (sparsectr.md, 1.3). p and w are each block's own and the same for all heads; the buckets are
+none. p and w are each block's own and the same for all heads; the buckets are
 HSTU's. The user's tokens are the user and context columns, each projected to d and normalised once;
 without such columns there is no Cross and no gate, f = z.
 

@@ -4,7 +4,7 @@
     JAX_PLATFORMS=cpu .venv-cuda/bin/python -m benchmarks.cuda_instructions
         [--op evo_attention] [--shape wide] [--dtype bfloat16] [--way backward]
 
-Compiles an op's pallas_gpu calls at a named shape for the GPU of --target, and takes the PTX that
+Compiles an op's pallas_gpu calls at a named shape for the GPU of --gpu, and takes the PTX that
 XLA writes through ptxas and nvdisasm. A kernel's instructions are those of one warp: outside of
 loops, and of a turn of each loop (innermost only). EvoAttention's loops are over heads, so that of
 its kernels the sum is given too.

@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,7 @@ ABLATIONS = {
 }
 
 
-# LASER's ablation table and its sizes (paper's summary; laser.md).
+# LASER's ablation table and its sizes (paper's summary).
 LASER_ABLATIONS = {
     "LASER": {},
     "no recency embedding": {"model.recency": False},
@@ -63,8 +64,25 @@ LASER_ABLATIONS = {
 }
 
 
+# SparseCTR's Figure 2: another attention with its encoding, or its attention with another encoding.
+FIGURE_2 = {"SparseCTR": {}} | {
+    name: {f"model.{k}": v for k, v in changes.items()}
+    for name, changes in {
+        "attention: full": dict(attention="full"),
+        "attention: dilated": dict(attention="dilated"),
+        "attention: NSA": dict(attention="nsa"),
+        "attention: Linformer": dict(attention="kernel", encoding="none"),
+        "encoding: HSTU's": dict(encoding="hstu"),
+        "encoding: T5": dict(encoding="t5"),
+        "encoding: ALiBi": dict(encoding="alibi"),
+        "encoding: RoPE": dict(encoding="rope"),
+        "encoding: none": dict(encoding="none"),
+    }.items()
+}
+
+
 def _lrea_rows(variant: str) -> dict[str, dict]:
-    """LREA on both paths between its neighbours (lrea.md: five seeds, paired)."""
+    """LREA on both paths between its neighbours (five seeds, paired)."""
     lrea, din = f"lrea_movielens.py:{variant}", f"din_long_movielens.py:{variant}"
     short = f"din_long_movielens.py:{','.join(['short', *filter(None, [variant])])}"
     return {
@@ -140,6 +158,7 @@ def studies() -> dict[str, dict[str, dict]]:
         },
         "baselines_movielens": {r: _row(f"baselines_movielens.py:{r}") for r in ROWS},
         "baselines_demo": {r: _row(f"baselines_alibaba.py:{r},demo") for r in ROWS},
+        "figure_2": {name: _row(demo, **changes) for name, changes in FIGURE_2.items()},
         "laser_ablations": {
             name: _row("laser_alibaba.py:long", **changes)
             for name, changes in LASER_ABLATIONS.items()
@@ -158,7 +177,7 @@ def studies() -> dict[str, dict[str, dict]]:
 def run(study: str, row: str, seed: int, core: int, args) -> None:
     """One (row, seed), from the raw files to a line in the results."""
     what = studies()[study][row]
-    workdir = Path(args.workdir) / study / row.replace(" ", "_").replace(",", "") / str(seed)
+    workdir = Path(args.workdir) / study / re.sub(r"[^\w=.-]+", "_", row) / str(seed)
     flags = [f"--config={what['config']}", f"--workdir={workdir}", "--cpu_devices=1"]
     flags += [f"--config.{k}={v}" for k, v in what["changes"].items()]
     flags += [f"--config.seed={seed}"]
@@ -232,7 +251,8 @@ def table(study: str) -> str:
             (t["auc"] - 0.5) / (t["oracle_auc"] - 0.5) if "oracle_auc" in t else None for t in tests
         ]
         cells = [spread([t.get(k) for t in tests]) for k in ("auc", "gauc_user", "logloss")]
-        speed = statistics.median(r["examples_per_second"] for r in runs)
+        timed = [r["examples_per_second"] for r in runs if r["examples_per_second"]] or [0]
+        speed = statistics.median(timed)
         lines.append(
             f"| {row} | {len(runs)} | {' | '.join(cells)} | {spread(share)} | {speed:,.0f} |"
         )

@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.base_rate, config.model.exclude = theirs.base_rate, theirs.exclude
     if rest:  # generated: few users and categories
         config.model.width, config.model.embedding_width = 64, 8
-    if "long" in rest:  # what learns most in the ten minutes a core has for a run (docs/laser.md)
+    if "long" in rest:  # what learns most in the five minutes a core has for a run (docs/laser.md)
         config.model.width, config.optimizer.learning_rate = 32, 3e-3
     return config
 

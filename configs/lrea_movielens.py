@@ -22,8 +22,8 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"variant {variant!r}: choose among v1 and L500, joined by a comma")
     config = sparsectr_movielens.protocol("v1" if "v1" in chosen else "")
     config.name = "_".join(["lrea_movielens", *sorted(chosen)])
-    # Not the paper's Adagrad at .01: chosen on the validation tail (docs/lrea.md), for LREA and the
-    # DINs beside it alike.
+    # Not the paper's Adagrad at .01: chosen on the validation tail (docs/results.md), for LREA and
+    # the DINs beside it alike.
     config.optimizer.name, config.optimizer.learning_rate = "adam", 3e-3
     config.table_optimizer.update(ADAGRAD_TABLES)
     config.optimizer.schedule = config.table_optimizer.schedule = "cosine"

@@ -86,17 +86,14 @@ def _deduplicate_by_sort(ids, capacity):
 
     None has to be stable, as copies of an id have one slot: a TPU's compiler needs half the time.
     """
-
-    def sort(keys, values):
-        return lax.sort((keys, values), num_keys=1, is_stable=False)
-
-    position = jnp.arange(ids.size, dtype=jnp.int32)
-    ordered, position = sort(ids, position)
+    place = jnp.arange(ids.size, dtype=jnp.int32)
+    ordered, position = lax.sort((ids, place), num_keys=1, is_stable=False)
     previous = jnp.concatenate([jnp.full((1,), PADDING, jnp.int32), ordered[:-1]])
     is_first = ordered != previous  # never at padding, which sorts first
     rank = jnp.cumsum(is_first, dtype=jnp.int32) - 1
     slots = jnp.where(ordered == PADDING, capacity, rank)
-    _, slots = sort(position, slots)
-    _, unique = sort(jnp.where(is_first, rank, ids.size), jnp.where(is_first, ordered, 0))
-    unique = jnp.pad(unique, (0, max(0, capacity - ids.size)))[:capacity]
-    return unique, rank[-1] + 1, slots
+    _, slots = lax.sort((position, slots), num_keys=1, is_stable=False)
+    count = rank[-1] + 1
+    unique = lax.sort(jnp.where(is_first, ordered, jnp.iinfo(jnp.int32).max), is_stable=False)
+    unique = jnp.where(place < count, unique, PADDING)
+    return jnp.pad(unique, (0, max(0, capacity - ids.size)))[:capacity], count, slots

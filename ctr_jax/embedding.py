@@ -42,6 +42,7 @@ from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.deduplication import deduplicate
 from ctr_jax.features import PADDING, Column
 from kernels import dispatch
+from kernels.softmax import accumulation_dtype
 
 DATA_AXIS, TABLE_AXIS = "data", "table"
 # Rows are rounded up to this whatever the mesh, so that a checkpoint fits any "table" axis that
@@ -393,8 +394,13 @@ def _sum_of_rows_forward(rows, slots, bias):
 
 def _sum_of_rows_backward(saved, cotangent):
     rows, slots, bias = saved
-    add = lambda x, at: jnp.zeros_like(x).at[at].add(cotangent, mode="drop")  # noqa: E731
     dbias = None if bias is None else jnp.sum(cotangent, (0, 1))
+
+    def add(x, at):
+        # As wide as sums are: in bfloat16 256 and 1 are 256.
+        total = jnp.zeros(x.shape, accumulation_dtype(x.dtype))
+        return total.at[at].add(cotangent.astype(total.dtype), mode="drop").astype(x.dtype)
+
     return {key: add(x, slots[key]) for key, x in rows.items()}, None, dbias
 
 

@@ -11,7 +11,7 @@ no state and draws no random numbers, and whose requests do not see each other, 
 itself (query_tiles.py): on a mesh each device then goes through its own.
 
 `short_length` most recent behaviours also go through a DIN unit of their own, in every model alike:
-LASER's Base is a model of length 100 to which a long sequence is added (laser.md; how Base reads
+LASER's Base is a model of length 100 to which a long sequence is added (how Base reads
 its 100 is not published, so that is decided here). 0 leaves it out.
 
 Axis letters: B requests, C candidates, L history, d model width.
@@ -70,6 +70,8 @@ class Tokens:
         `common_columns` side by side, without gradients. Candidates and behaviours are projected
         each by its own matrix; here, and nowhere else, equal items have equal vectors.
       own: {Column.key: vectors} of `HistoryModel.own`, of behaviours [B, L, w].
+      seeds: [B, C] uint32 in training where the interest's `dropout` is above 0, else None. What a
+        candidate drops depends on its seed alone, whatever goes through together.
     """
 
     candidates: jax.Array
@@ -78,17 +80,21 @@ class Tokens:
     batch: RequestBatch
     common: tuple[jax.Array, jax.Array] | None = None
     own: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    seeds: jax.Array | None = None
 
 
 def check_length(tokens: Tokens, longest: int) -> None:
     """For interests with a row of parameters per place or distance.
 
     Raises:
-      ValueError: the history is longer than config.length.
+      ValueError: the history is longer than config.model.length.
     """
     length = tokens.behaviours.shape[1]
     if length > longest:
-        raise ValueError(f"a history of {length} behaviours, but config.length={longest}")
+        raise ValueError(
+            f"histories of {length} behaviours (config.history_length, or the longest of "
+            f"config.length_buckets), but config.model.length={longest}"
+        )
 
 
 class HistoryModel(nn.Module):
@@ -145,7 +151,10 @@ class HistoryModel(nn.Module):
                 compares = getattr(self.interest, "compares", False)
                 common = _common(embedded, self.columns) if compares else None
                 own = {c.key: _read(embedded, c.key) for c in self.own}
-                tokens = Tokens(query, behaviours, profile, batch, common, own)
+                seeds = None
+                if train and getattr(self.interest, "dropout", 0):
+                    seeds = jax.random.bits(self.make_rng("dropout"), (size, candidates))
+                tokens = Tokens(query, behaviours, profile, batch, common, own, seeds)
                 interest = self._interest(tokens, train)
                 if isinstance(interest, tuple):
                     interest, losses = interest
@@ -169,7 +178,7 @@ class HistoryModel(nn.Module):
         run = functools.partial(_of_requests, self.interest.clone(parent=None), train)
         requests = (tokens.candidates, tokens.behaviours, tokens.profile)
         params = self.variables["params"][self.interest.name]
-        return in_tiles(run, requests, tokens.batch, params, most)
+        return in_tiles(run, requests, (tokens.batch, tokens.seeds), params, most)
 
 
 def common_columns(columns: Iterable[Column]) -> tuple[tuple[str, str], ...]:
@@ -206,8 +215,9 @@ def _read(embedded: EmbeddedBatch, key: str) -> jax.Array:
     return embedded.vectors[key]
 
 
-def _of_requests(interest, train, requests, batch, params):
-    return interest.apply({"params": params}, Tokens(*requests, batch), train)
+def _of_requests(interest, train, requests, fixed, params):
+    batch, seeds = fixed
+    return interest.apply({"params": params}, Tokens(*requests, batch, seeds=seeds), train)
 
 
 def build(

@@ -126,9 +126,13 @@ def parse_rows(texts: Sequence[str]) -> dict[str, int]:
     return rows
 
 
-def make_plan(config: ConfigDict, spec: DataSpec, target: str) -> Plan:
+def make_plan(
+    config: ConfigDict, spec: DataSpec, target: str, compiler_options: dict | None = None
+) -> Plan:
     """Compiles the train step of `config` on data like `spec` for `target`.
 
+    Args:
+      compiler_options: XLA's, as `ahead_of_time.LEAST_EFFORT`.
     Raises:
       CannotPlan: no such target, or the batch does not divide over it.
     """
@@ -144,7 +148,8 @@ def make_plan(config: ConfigDict, spec: DataSpec, target: str) -> Plan:
         began = time.perf_counter()
         shape = dict(mesh.shape)
         try:
-            compiled = steps.train_step(experiment).lower(state, batch).compile()
+            lowered = steps.train_step(experiment).lower(state, batch)
+            compiled = lowered.compile(compiler_options)
         except CannotRun as error:
             raise CannotPlan(f"--plan={target}: {error}") from error
         except jax.errors.JaxRuntimeError as error:

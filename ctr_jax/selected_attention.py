@@ -7,7 +7,7 @@ No matrix has a bias; nothing selected gives 0. It is the second stage (ESU) of 
 both stages of TWIN, whose search uses the scores s themselves.
 
 x_l W_K is formed once per history for all candidates. x_l W_V is formed of no behaviour: the
-selected x_l are summed first, which gives the same and costs less.
+selected x_l are summed first, which gives the same, and costs less where C (H - 1) < d.
 
 Axis letters: B requests, C candidates, L history, d model width, H heads, K head width, T
 candidates of a tile.

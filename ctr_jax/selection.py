@@ -22,6 +22,7 @@ def largest(scores: jax.Array, mask: jax.Array, k: int) -> jax.Array:
     if k >= length:
         return mask
     scores = jax.lax.stop_gradient(scores).astype(jnp.float32)
+    scores = jnp.where(scores == 0, 0, scores)  # -0.0 too
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     # As unsigned integers floats are in order once the negative ones are turned round.
     sign = jnp.uint32(1 << 31)

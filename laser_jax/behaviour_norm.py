@@ -2,7 +2,7 @@
 
     y_l = (x_l - mean_l) / sigma_l * scale + bias + table[index_l]
 
-Decided here (laser.md 3 has no such step): see model.py. The variance is mean(x^2) - mean^2, as in
+Decided here: see model.py. The variance is mean(x^2) - mean^2, as in
 Flax's LayerNorm, for which x - mean need not be an array of its own.
 
 STA reads y for every candidate and head, in training in several passes. XLA on a CPU lets each

@@ -1,7 +1,7 @@
 """Multi-resolution fusion: global context, salient and recent segments, target and profile.
 
 The paper's summary names global context, salient signals and recency; a reading note: max pooling
-over segments, the r most recent segments, RankMixer. Decided here (laser.md 3): r = 4, T = 8 tokens
+over segments, the r most recent segments, RankMixer. Decided here: r = 4, T = 8 tokens
 
     [u_M; max_j z_j; z_{S-r+1} .. z_S; target; profile tokens to fill T]
 

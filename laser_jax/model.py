@@ -9,7 +9,7 @@ states and what is decided here stands in each file. Every ablation is a change 
   no LayerNorm          norm=False             length               config.history_length
   tokens as they are    token_norm=False
 
-Decided here (laser.md 3 has no such step): behaviours and target are normalised before anything
+Decided here: behaviours and target are normalised before anything
 meets them. Embedding tables start at .01, so products of two tokens are 1e-4 and every gate alike.
 
 Candidates go through in tiles, so that the segments of a tile, [B, tile, S, d], stay in cache; what

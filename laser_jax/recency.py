@@ -1,7 +1,7 @@
 """Recency embedding: log2 of a behaviour's age at the request, as a vector added to its token.
 
 The paper's ablation gives it the largest part of the gain (.09 pp); its input, buckets and how it
-joins are not published. Decided here (laser.md 3): floor(log2(max(age, 1))) seconds, added.
+joins are not published. Decided here: floor(log2(max(age, 1))) seconds, added.
 """
 
 from __future__ import annotations

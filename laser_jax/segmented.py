@@ -2,16 +2,16 @@
 
 The paper's summary gives: contiguous segments of fixed length, sigmoid gates that silence noisy
 behaviours, LayerNorm and FFN on the segments, two heads with queries and keys of 16 (a reading
-note: L = 1000, w = 10, d = 128). The equations are not published. Decided here (laser.md 3):
+note: L = 1000, w = 10, d = 128). The equations are not published. Decided here:
 
     a_l = sigmoid(q W_Q . x_l W_K / sqrt(k) + beta)           per head; beta starts at -log w
     z_j = sum over segment j of mask_l a_l (x_l W_V)           per head; a sum, so that a segment of
     z_j = concat_h(z_j) W_O;  z_j = z_j + FFN(LN(z_j))         irrelevant behaviours stays near zero
 
-laser.md 3 has z_j = LN(concat_h(z_j) W_O), z_j = LN(z_j + FFN(z_j)). That brings every segment to
-the same size, so that how much of it is relevant, which the gates have found, is lost: it costs
-.06 of AUC on generated data, in one seed (docs/laser.md). LayerNorm is the FFN's alone here, and
-the FFN starts at zero, as its output is of one size whatever the segment's.
+First built was z_j = LN(concat_h(z_j) W_O), z_j = LN(z_j + FFN(z_j)). That brings every segment to
+the same size, so that how much of it is relevant, which the gates have found, is lost: it costs .06
+of AUC on generated data, in one seed (docs/laser.md). LayerNorm is the FFN's alone here, and the
+FFN starts at zero, as its output is of one size whatever the segment's.
 
 Segments are aligned so that the newest is full. Two orders of the projections give the same; the
 one with fewer multiplications is taken (the sums are kernels/segmented_target_attention):

@@ -1,8 +1,7 @@
 """GSTA: global stacked target attention over segments, the refinement of LASER.
 
 The paper's summary gives: a light module of stacked target attention on the compressed segments; a
-reading note: M = 2 layers that update the target vector. Decided here (laser.md 3), softmax and
-post-norm:
+reading note: M = 2 layers that update the target vector. Decided here: softmax and post-norm:
 
     u = LN(u + MHA(u; Z W_K, Z W_V));  u = LN(u + FFN(u))        m = 1..M, u_0 = the candidate
 

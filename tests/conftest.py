@@ -5,6 +5,9 @@ import tempfile
 
 # Before jax looks for devices: the TPU compiler of the extra `test` needs none, and would be asked.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the tests' time, and LLVM at its lowest level takes half of it. XLA's own
+# passes are the usual ones; the demo runs at the usual level, and so does `XLA_FLAGS= make test`.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -15,7 +15,6 @@ from ctr_jax import query_tiles
 from ctr_jax.batch import RequestBatch
 from ctr_jax.history_model import Tokens
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 D, LENGTH = 8, 13  # width, config.length
 # Small enough for every case to be in several tiles of several blocks, some ragged.
 IN_TILES = dict(tile_bytes=200, block=5)
@@ -81,7 +80,7 @@ def variables_of(name):
 @functools.cache
 def applied(name, tiles=False):
     """A jitted (variables, tokens) -> [B, C, d]; in tiles, or as it comes."""
-    return jax.jit(lambda v, t: interest(name, v, t, tiles), compiler_options=QUICK)
+    return jax.jit(lambda v, t: interest(name, v, t, tiles))
 
 
 def interest(name, variables, tokens, tiles=False):
@@ -98,7 +97,7 @@ def differentiated(name, tiles=False):
         tokens = tokens.replace(candidates=candidates, behaviours=behaviours)
         return jnp.sum(jnp.sin(interest(name, variables, tokens, tiles)))
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=QUICK)
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
 
 
 @contextlib.contextmanager

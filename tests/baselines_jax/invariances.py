@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.baselines_jax.cases import IN_TILES, LENGTH, QUICK, in_tiles, padded, tokens_of
+from tests.baselines_jax.cases import IN_TILES, LENGTH, in_tiles, padded, tokens_of
 
 LENGTHS, L, C = (11, 0, 6, 1), 11, 3  # full, empty, ragged, one behaviour; LENGTH is longer
 FIELDS = (3, 2)  # columns of the profile
@@ -50,7 +50,7 @@ class Checks:
 
     @functools.cached_property
     def applied(self):
-        return jax.jit(lambda v, t: self.of(v, t, False), compiler_options=QUICK)
+        return jax.jit(lambda v, t: self.of(v, t, False))
 
     def expected(self, variables, tokens):
         params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
@@ -81,7 +81,7 @@ class Checks:
             return jnp.sum(jnp.sin(out)), out
 
         arguments = (self.variables, tokens.candidates, tokens.behaviours, tokens.profile)
-        both = jax.jit(jax.grad(loss, range(4), has_aux=True), compiler_options=QUICK)
+        both = jax.jit(jax.grad(loss, range(4), has_aux=True))
         grads, out = both(*arguments)
         expected = self.expected(self.variables, tokens)
         np.testing.assert_allclose(out, expected, rtol=2e-4, atol=2e-4)

@@ -13,7 +13,7 @@ from baselines_jax import can
 from baselines_jax.can import CAN
 from ctr_jax import embedding
 from ctr_jax.features import DataColumn, DataSpec, table_scales, table_shapes
-from tests.baselines_jax.cases import IN_TILES, QUICK, padded, tokens_of
+from tests.baselines_jax.cases import IN_TILES, padded, tokens_of
 from tests.lrea_jax.cases import SPEC, batch_of, changed
 
 WIDTHS, ORDERS, L, C = (4, 3, 2), 3, 9, 3
@@ -69,7 +69,7 @@ def module(bias, tiles=False, hidden=()):
 
 @functools.cache
 def applied(bias):
-    return jax.jit(lambda t: module(bias).apply({}, t, False), compiler_options=QUICK)
+    return jax.jit(lambda t: module(bias).apply({}, t, False))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -93,7 +93,7 @@ def test_gradients_in_tiles_equal_differences_of_the_loops(bias):
     noisy = dict(tokens.own)
     for key in ("e", "e2"):
         noisy[key] = np.where(mask[..., None], noisy[key], np.nan).astype(np.float32)
-    grads, out = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(noisy)
+    grads, out = jax.jit(jax.grad(loss, has_aux=True))(noisy)
     np.testing.assert_allclose(out, reference(tokens.own, mask, bias), rtol=1e-4, atol=1e-4)
     assert all((np.asarray(grads[key])[~mask] == 0).all() for key in ("e", "e2"))
     assert all(np.abs(x).max() > 0 for x in grads.values())
@@ -168,10 +168,7 @@ def test_from_its_initial_values_it_learns_alone():
         updates, moments = optimizer.update(grads, moments, params)
         return (optax.apply_updates(params, updates), moments), value
 
-    run = jax.jit(
-        lambda params: jax.lax.scan(step, (params, optimizer.init(params)), None, 40)[1],
-        compiler_options=QUICK,
-    )
+    run = jax.jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), None, 40)[1])
     losses = np.asarray(run(params))
     constant = -np.mean(label) * np.log(label.mean()) - np.mean(1 - label) * np.log(
         1 - label.mean()
@@ -262,7 +259,7 @@ def test_in_the_frame_beside_din():
     rng = np.random.default_rng(2)
     leaves = [np.abs(rng.normal(size=x.shape)).astype(np.float32) * 0.3 for x in leaves]
     variables = jax.tree.unflatten(tree, leaves)
-    run = jax.jit(lambda v, x: model.apply(v, x, False), compiler_options=QUICK)
+    run = jax.jit(lambda v, x: model.apply(v, x, False))
     logits, out = run(variables, embedded)
     interest = np.asarray(out["interest"])
     assert interest.shape[-1] == 8 + ORDERS * sum(WIDTHS[1:])

@@ -116,5 +116,5 @@ def test_what_stands_in_padding_changes_nothing(name):
 
 @pytest.mark.parametrize("name", ["hstu", "transformer"])
 def test_a_history_longer_than_the_position_table_is_refused(name):
-    with pytest.raises(ValueError, match="config.length=13"):
+    with pytest.raises(ValueError, match="config.model.length=13"):
         interest(name, variables_of(name), tokens_of((3,), LENGTH + 1, 1))

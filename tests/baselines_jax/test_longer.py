@@ -123,7 +123,7 @@ def test_the_history_is_encoded_without_the_candidate():
 
 
 def test_a_history_longer_than_the_config_says_is_refused():
-    with pytest.raises(ValueError, match="config.length=13"):
+    with pytest.raises(ValueError, match="config.model.length=13"):
         module(1, 2, False, 3).init(jax.random.key(0), tokens_of((3,), LENGTH + 1, 1), False)
 
 

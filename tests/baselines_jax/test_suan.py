@@ -116,7 +116,7 @@ def test_a_user_of_whom_nothing_is_known(name):
 
 
 def test_a_history_longer_than_the_config_says_is_refused():
-    with pytest.raises(ValueError, match="config.length=13"):
+    with pytest.raises(ValueError, match="config.model.length=13"):
         module(1, ()).init(jax.random.key(0), tokens_of((3,), LENGTH + 1, 1), False)
 
 

@@ -12,7 +12,7 @@ from tests.lrea_jax.cases import SPEC
 
 L = 9
 LARGEST = jax.jit(selection.largest, static_argnums=2)
-SCORES = st.sampled_from([0.0, 1.0, -1.0, 0.5, 1e-30, -1e-30, 3e38, -3e38, 1e9, -1e9])
+SCORES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-30, -1e-30, 3e38, -3e38, 1e9, -1e9])
 
 
 @pytest.mark.parametrize("k", [1, 3, L - 1, L, 50])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from baselines_jax import twin_v2
 from baselines_jax.twin import TWIN
 from baselines_jax.twin_v2 import TWINV2
-from tests.baselines_jax.cases import QUICK, tokens_of
+from tests.baselines_jax.cases import tokens_of
 from tests.baselines_jax.invariances import Checks
 from tests.baselines_jax.references import softmax
 from tests.lrea_jax.cases import SPEC
@@ -24,9 +24,7 @@ L, D, ITERATIONS = 12, 3, 2
 
 @functools.cache
 def clustered(most):
-    return jax.jit(
-        lambda x, mask: twin_v2.cluster(x, mask, most, ITERATIONS), compiler_options=QUICK
-    )
+    return jax.jit(lambda x, mask: twin_v2.cluster(x, mask, most, ITERATIONS))
 
 
 # ---- the clusters, a member at a time ----
@@ -203,8 +201,8 @@ def test_attention_over_the_clusters(name):
 
 def test_clusters_of_one_are_twin():
     tokens, variables = checks().tokens, checks().variables
-    one = jax.jit(lambda v, t: module(most=1).apply(v, t, False), compiler_options=QUICK)
-    twin = jax.jit(lambda v, t: TWIN(2, 3).apply(v, t, False), compiler_options=QUICK)
+    one = jax.jit(lambda v, t: module(most=1).apply(v, t, False))
+    twin = jax.jit(lambda v, t: TWIN(2, 3).apply(v, t, False))
     out = np.asarray(one(variables, tokens))
     np.testing.assert_array_equal(out, twin(variables, tokens))
     assert np.abs(out - checks().applied(variables, tokens)).max() > 1e-2

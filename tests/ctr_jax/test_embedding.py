@@ -233,7 +233,8 @@ def test_gradient_equals_dense_autodiff(path):
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=30)
 @hypothesis.given(data=st.data())
 def test_deduplicate_equals_a_set(implementation, data):
-    n, biggest = data.draw(st.sampled_from([(1, 1), (64, 3), (64, 50), (64, 2**31 - 3)]))
+    cases = [(1, 1), (64, 3), (64, 50), (64, 2**31 - 3), (3, 2**31 - 1)]
+    n, biggest = data.draw(st.sampled_from(cases))
     ids = np.array(data.draw(st.lists(st.integers(0, biggest), min_size=n, max_size=n)), np.int32)
     unique, count, slots = jax.jit(deduplicate, static_argnums=(1, 2))(
         ids, min(n, biggest + 1), implementation

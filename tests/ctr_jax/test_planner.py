@@ -121,5 +121,5 @@ def test_tables_that_do_not_fit_and_the_smallest_slice_that_does(prepared_config
 def test_the_papers_settings_compile_for_a_slice(page):
     config = page.get_config()
     spec, _ = expected_spec(config, {})
-    plan = planner.make_plan(config, spec, "v5e:2x2")
+    plan = planner.make_plan(config, spec, "v5e:2x2", ahead_of_time.LEAST_EFFORT)
     assert plan.fits, json.dumps(plan.held)

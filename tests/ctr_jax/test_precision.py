@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ctr_jax import flops, precision, sharding, steps
+from baselines_jax import hstu, transformer
+from ctr_jax import embedding, flops, precision, sharding, steps
 from ctr_jax.data.expected import expected_spec
 
 PAGES = {
@@ -99,3 +100,21 @@ def test_what_is_rounded():
     assert gradient["kernel"].dtype == jnp.float32
     with pytest.raises(ValueError, match="choose one of float32, bfloat16"):
         precision.rounded(tree, "float16")
+
+
+def test_logits_of_bfloat16_tokens_are_float32():
+    rng = np.random.default_rng(0)
+    k, q = (jnp.asarray(3 * rng.normal(size=(2, 16, n)), jnp.bfloat16) for n in (7, 4))
+    expected = np.einsum("hks,hkt->hst", np.asarray(k, np.float64), np.asarray(q, np.float64))
+    np.testing.assert_allclose(transformer._logits(k, q), expected, rtol=1e-5, atol=1e-5)
+    found = hstu._weights(k, q, jnp.float32(1.0), True)
+    expected = (expected + 1) / (1 + np.exp(-expected - 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_popular_row_of_bfloat16_takes_all_its_gradient():
+    rows = {"kind": jnp.ones((3, 2), jnp.bfloat16)}
+    slots = {"kind": jnp.ones((32, 100), jnp.int32)}
+    total = lambda rows: jnp.sum(embedding.sum_of_rows(rows, slots).astype(jnp.float32))  # noqa: E731
+    gradient = jax.grad(total)(rows)["kind"]
+    np.testing.assert_array_equal(gradient, [[0, 0], [3200, 3200], [0, 0]])

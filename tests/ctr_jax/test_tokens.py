@@ -149,6 +149,8 @@ def test_a_step_is_the_same_from_rows_as_from_vectors(
 ):
     """The vectors go through one device, the rows through the mesh."""
     small_config.model = model()
+    if model is lrea_model:
+        small_config.loss.weights.non_negativity = 0.3
     small_config.batch_size = small_config.eval_batch_size = 128
     small_config.dtype = dtype
     small_config.history_length = 24

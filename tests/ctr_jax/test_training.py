@@ -304,7 +304,7 @@ def test_a_baseline_of_other_rows_is_refused_before_scoring(small_config, tmp_pa
         ("mesh.data", 9, "there are 8"),
         ("model.module", "baselines_jax.dinn", "No module named"),
         ("model.module", "lrea_jax.model", "config.model has no field"),
-        ("loss.weights", ConfigDict({"nothing": 1.0}), "the model has no loss"),
+        ("loss.weights", ConfigDict({"nothing": 1.0}), "has .'nothing'., the model the losses ..;"),
         ("learning_rate", 0.1, "config has no field 'learning_rate'"),
         ("optimizer.lr", 0.1, "config.optimizer has no field 'lr'"),
         ("model.embeding_width", 4, "did you mean embedding_width"),

@@ -6,7 +6,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import ahead_of_time
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 CHECKED = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 IMPLEMENTATIONS = {
     "xla": dict(implementation="xla"),

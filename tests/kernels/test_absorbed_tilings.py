@@ -12,7 +12,7 @@ from kernels.absorbed_target_attention import (
     Weights,
     absorbed_target_attention,
 )
-from tests.kernels.cases import QUICK, sizes
+from tests.kernels.cases import sizes
 from tests.lrea_jax import reference
 
 # (B, C, K, d, h, tile bytes in float32 numbers): one tile; ragged tiles of rows; of candidates too;
@@ -59,8 +59,7 @@ def test_equals_the_loops_whatever_the_tiles(form, tiling):
         run = jax.jit(
             lambda *a, size=shape[-1]: absorbed_target_attention(
                 *a, form=form, slope=0.2, tiling=tiling, tile_bytes=4 * size
-            ),
-            compiler_options=QUICK,
+            )
         )
         want = expected(query, memory, weights, form, 0.2)
         np.testing.assert_allclose(run(query, memory, weights), want, rtol=1e-5, atol=2e-5)
@@ -84,7 +83,7 @@ def test_gradients_equal_finite_differences_in_float64(shape, form, tiling):
             jax.tree.leaves(
                 jax.tree.map(
                     lambda g, x: float(jnp.vdot(g, x)),
-                    jax.jit(jax.grad(total), compiler_options=QUICK)(arguments),
+                    jax.jit(jax.grad(total))(arguments),
                     direction,
                 )
             )

@@ -115,7 +115,7 @@ def test_values_and_gradients_are_those_of_one_device(name, kernel, data, table)
     how = cases.IMPLEMENTATIONS[kernel]
     with jax.set_mesh(mesh), dispatch.scope("auto", ("data",)):
         arguments = put(floats, P("data")), put(shared, P()), put(integers, P("data"))
-        run = jax.jit(functools.partial(both, op, **how), compiler_options=cases.QUICK)
+        run = jax.jit(functools.partial(both, op, **how))
         compiled = run.lower(*arguments).compile()
         got = compiled(*arguments)
     for (path, x), y in zip(
@@ -144,7 +144,7 @@ def test_xla_takes_few_requests_at_a_time_on_every_device():
             jax.device_put(weights, NamedSharding(mesh, P())),
         )
         run = functools.partial(both, op, integers={}, tile_bytes=C * 6 * 4 * 20)  # half of a row
-        compiled = jax.jit(run, compiler_options=cases.QUICK).lower(*arguments).compile()
+        compiled = jax.jit(run).lower(*arguments).compile()
         got = compiled(*arguments)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected("absorbed")), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * np.abs(y).max())

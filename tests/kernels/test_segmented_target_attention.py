@@ -20,7 +20,6 @@ from kernels.segmented_target_attention.blocks import Blocks, Static, tiling
 from tests.kernels.cases import (
     CHECKED,
     IMPLEMENTATIONS,
-    QUICK,
     TARGETS,
     needs_tpu_compiler,
     sizes,
@@ -145,7 +144,7 @@ def run(case, arguments, **how):
         z, back = jax.vjp(op, q, k, v, bias)
         return z, *back(dz)
 
-    results = zip(NAMES, jax.jit(both, compiler_options=QUICK)(*arguments), strict=True)
+    results = zip(NAMES, jax.jit(both)(*arguments), strict=True)
     return {name: x for name, x in results if x is not None}
 
 

@@ -1,4 +1,4 @@
-"""LASER by its definition (laser.md 3), one candidate and one segment at a time, in float64."""
+"""LASER by its definition, one candidate and one segment at a time, in float64."""
 
 import math
 

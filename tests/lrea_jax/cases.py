@@ -8,7 +8,6 @@ from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.features import DataColumn, DataSpec
 from lrea_jax import model
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 B, N, C = 5, 12, 3  # requests, behaviours (short 3 + long 9), candidates
 LENGTHS = (12, 0, 7, 2, 11)
 SPEC = DataSpec(
@@ -78,7 +77,7 @@ def built(config, **kwargs):
 
 def applied(module, train=False):
     """A jitted (variables, embedded) -> logits."""
-    return jax.jit(lambda v, x: module.apply(v, x, train)[0], compiler_options=QUICK)
+    return jax.jit(lambda v, x: module.apply(v, x, train)[0])
 
 
 def double(tree):

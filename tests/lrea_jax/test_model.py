@@ -12,7 +12,7 @@ from ctr_jax.long_short import NormalisedHead
 from lrea_jax import low_rank, model
 from tests.kernels.cases import sizes
 from tests.lrea_jax import reference
-from tests.lrea_jax.cases import QUICK, SPEC, B, C, applied, built, changed, double, small
+from tests.lrea_jax.cases import SPEC, B, C, applied, built, changed, double, small
 
 VARIANTS = {
     "decompressed, joint, free": {},
@@ -140,7 +140,7 @@ def test_gradients_are_finite_and_stop_at_padding(changes):
         )  # fmt: skip
         return jnp.sum(logits**2) + out["losses"]["non_negativity"]
 
-    grad = jax.jit(jax.grad(loss, (0, 1)), compiler_options=QUICK)
+    grad = jax.jit(jax.grad(loss, (0, 1)))
     of_params, of_vectors = grad(variables["params"], embedded.vectors)
     assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(of_params))
     mask = np.asarray(embedded.batch.behaviour_mask)

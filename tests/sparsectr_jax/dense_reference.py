@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 
 DAY = 86_400
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 
 def random_history(rng, length, valid, kind="random"):

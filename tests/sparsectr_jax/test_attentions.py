@@ -13,7 +13,7 @@ from sparsectr_jax.block import EvoAttention
 from sparsectr_jax.chunking import time_chunks
 from sparsectr_jax.evo_attention import History
 from tests.sparsectr_jax.attention_reference import TABLE_LENGTH, Request
-from tests.sparsectr_jax.dense_reference import QUICK, random_history
+from tests.sparsectr_jax.dense_reference import random_history
 from tests.sparsectr_jax.test_model import built, changed, data_spec, logits_of, small
 
 LENGTHS, L, C, D = (0, 1, 21, 13), 21, 2, 8  # empty, one behaviour, full, some padding
@@ -81,7 +81,7 @@ def case(attention, encoding):
         rng = np.random.default_rng(1)
         params = jax.tree.map(lambda x: rng.normal(size=x.shape) * 0.5, shapes)
         grad = jax.value_and_grad(loss, (0, 1), has_aux=True)
-        return config, params, jax.jit(grad, compiler_options=QUICK)
+        return config, params, jax.jit(grad)
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +178,7 @@ def test_the_last_block_gives_the_candidates_of_any_block_in_float32_too(attenti
     expected = reference(config, params, streams, integers)[1]
     params, streams = jax.tree.map(np.float32, (params, streams))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def last(params, streams):
         module = EvoAttention(config)
         return module.apply({"params": params}, *streams, history_of(config, integers), True)

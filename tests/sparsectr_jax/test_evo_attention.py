@@ -58,7 +58,7 @@ def case(seed, histories, num_chunks, m, w, length=L, inclusive=True, heads=H, w
     return inputs, (times, mask, request), stacked, weights
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), compiler_options=ref.QUICK)
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def sparse_value_and_grad(inputs, integers, weights, num_chunks, spec):
     times, mask, request = integers
 
@@ -71,7 +71,7 @@ def sparse_value_and_grad(inputs, integers, weights, num_chunks, spec):
     return jax.value_and_grad(loss, has_aux=True)(inputs)
 
 
-@functools.partial(jax.jit, static_argnums=3, compiler_options=ref.QUICK)
+@functools.partial(jax.jit, static_argnums=3)
 def dense_value_and_grad(inputs, rules, weights, scale=None):
     def loss(inputs):
         out = ref.dense_branches(*(inputs[n] for n in NAMES), rules, scale)
@@ -80,7 +80,7 @@ def dense_value_and_grad(inputs, rules, weights, scale=None):
     return jax.value_and_grad(loss, has_aux=True)(inputs)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=ref.QUICK)
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def nonempty(integers, num_chunks, spec):
     times, mask, request = integers
     history = evo.History(time_chunks(times, mask, num_chunks), times, mask, request)
@@ -181,7 +181,7 @@ def test_tilings_cover_every_query_and_divide_the_batch():
                     assert blocks == 1 or halo <= width
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), compiler_options=ref.QUICK)
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def run(inputs, integers, num_chunks, spec):
     times, mask, request = integers
     history = evo.History(time_chunks(times, mask, num_chunks), times, mask, request)

@@ -9,7 +9,7 @@ from ctr_jax import losses
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.features import DataColumn, DataSpec
 from sparsectr_jax import model
-from tests.sparsectr_jax.dense_reference import QUICK, random_history
+from tests.sparsectr_jax.dense_reference import random_history
 
 B, L, C = 6, 14, 3
 WIDTH = 4
@@ -86,7 +86,7 @@ def built(config, user=True, **kwargs):
 
 
 def logits_of(module, variables, embedded):
-    apply = jax.jit(module.apply, static_argnums=2, compiler_options=QUICK)
+    apply = jax.jit(module.apply, static_argnums=2)
     return np.asarray(apply(variables, embedded, False)[0])
 
 
@@ -156,7 +156,7 @@ def value_and_grad(module, variables, embedded):
         )
         return (logits**2).sum(), logits
 
-    grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), compiler_options=QUICK)
+    grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     return grad(variables, embedded.vectors)
 
 
@@ -193,9 +193,7 @@ def test_a_loss_in_tiles_equals_that_of_the_logits(default, rows):
         return found[0]
 
     (value, grads), (expected, expected_grads) = (
-        jax.jit(jax.value_and_grad(f, (0, 1)), compiler_options=QUICK)(
-            variables, embedded.vectors, jnp.float32(7)
-        )
+        jax.jit(jax.value_and_grad(f, (0, 1)))(variables, embedded.vectors, jnp.float32(7))
         for f in (in_tiles, plain)
     )
     np.testing.assert_allclose(value, expected, rtol=1e-6)

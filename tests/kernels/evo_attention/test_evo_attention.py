@@ -13,7 +13,6 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.evo_attention import RelTemporal, behaviour_branches, candidate_branches
 from tests.kernels.evo_attention import dense_reference as dense
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 SIMULATOR = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 # Name: implementation, interpret, the block that lengths are counted in.
 WAYS = {
@@ -28,7 +27,7 @@ OUTPUTS = [f"{query} {branch}" for query in ("behaviour", "candidate") for branc
 TOLERANCE = {"float32": 5e-5, "bfloat16": 2e-2}  # of the largest value
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def op(floats, integers, cotangents, window, options):
     """The six outputs and the gradients of their product with the cotangents."""
     options = dict(options)
@@ -43,7 +42,7 @@ def op(floats, integers, cotangents, window, options):
     return out, pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, out, strict=True)))[0]
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def expected_of(floats, rules, cotangents):
     out, pull = jax.vjp(lambda f: dense.branches(f, rules), floats)
     return out, pull(cotangents)[0]
@@ -214,7 +213,7 @@ def test_a_branch_that_is_left_out_leaves_the_others_alone(way):
                 out += call(*kept, **options, **extra)
             yield out
 
-    full, *cut = jax.jit(lambda *a: list(cuts(*a)), compiler_options=QUICK)(*both)
+    full, *cut = jax.jit(lambda *a: list(cuts(*a)))(*both)
     for without, out in zip(LEFT_OUT[1:], cut, strict=True):
         for i, (x, y) in enumerate(zip(out, full, strict=True)):
             if i % 3 in without:
@@ -228,7 +227,7 @@ def test_a_branch_that_is_left_out_leaves_the_others_alone(way):
 def test_the_band_alone_has_gradients(way):
     q, _, _, band, *rest = some()[0]
 
-    @functools.partial(jax.jit, static_argnums=(3, 4), compiler_options=QUICK)
+    @functools.partial(jax.jit, static_argnums=(3, 4))
     def gradients(q, band, slopes, implementation, interpret):
         def loss(q, band, slopes):
             options = dict(implementation=implementation, interpret=interpret)
