@@ -140,8 +140,14 @@ class Layer(nn.Module):
         of_uq, of_vk = dense(2 * d, "uq", small), dense(2 * d, "vk", small)
         out = nn.Dense(d, kernel_init=xavier, dot_general=token_dot_general, name="out")
         norm = nn.LayerNorm(use_bias=False, use_scale=False)
-        by_distance = self.param("position", small, (self.length + 1,))  # p[0] is of i = j
-        by_time = self.param("time", small, (BUCKETS + 1,))
+
+        def table(name: str, rows: int) -> jax.Array:
+            # As wide as sums are: its gradient adds up over the rounds of a loop.
+            x = self.param(name, small, (rows,))
+            return x.astype(accumulation_dtype(x.dtype))
+
+        by_distance = table("position", self.length + 1)  # p[0] is of i = j
+        by_time = table("time", BUCKETS + 1)
 
         def split(projection: nn.Dense, x: jax.Array) -> list[jax.Array]:
             return jnp.split(nn.silu(projection(x)), 2, -1)

@@ -212,8 +212,14 @@ class SelfAttention(nn.Module):
         d, size = candidates.shape[-1], history.shape[1]
         project, out = _projections(self.heads, d)
         small = nn.initializers.normal(0.02)
-        by_distance = self.param("position", small, (self.length + 1,))  # p[0] is of i = j
-        by_time = self.param("time", small, (BUCKETS + 1,))
+
+        def table(name: str, rows: int) -> jax.Array:
+            # As wide as sums are: its gradient adds up over the rounds of a loop.
+            x = self.param(name, small, (rows,))
+            return x.astype(accumulation_dtype(x.dtype))
+
+        by_distance = table("position", self.length + 1)  # p[0] is of i = j
+        by_time = table("time", BUCKETS + 1)
         k, v = project("k", history), project("v", history)
         sizes = dict(
             query_bytes=self.heads * size * candidates.dtype.itemsize, tile_bytes=self.tile_bytes

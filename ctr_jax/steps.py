@@ -270,7 +270,8 @@ def _gradients(experiment: Experiment) -> Callable:
         if set(config.loss.weights) != set(out["losses"]):
             raise ConfigError(
                 f"config.loss.weights has {sorted(config.loss.weights)}, the model the losses "
-                f"{sorted(out['losses'])}; give each of these a weight in the page, 0 to leave it out"
+                f"{sorted(out['losses'])}; give each of these a weight in the page, 0 to leave it "
+                "out"
             )
         extra = sum(weight * out["losses"][name] for name, weight in config.loss.weights.items())
         return logloss + extra / parts, (logloss, model_state)

@@ -24,7 +24,7 @@ from sparsectr_jax.aggregate import MEAN_TYPE, Aggregate, chunk_mean
 from sparsectr_jax.chunking import transition_slots
 from sparsectr_jax.encodings import ADDED, layer_encoding
 from sparsectr_jax.evo_attention import EvoSpec, History, Keys, gather_rows
-from sparsectr_jax.rivals import Rival
+from sparsectr_jax.rivals import Rival, projections
 
 
 def evo_spec(config: ConfigDict) -> EvoSpec:
@@ -129,7 +129,7 @@ class EvoAttention(nn.Module):
                 dot_general=token_dot_general,
                 name=name,
             )
-            for name in ("query", "key", "value", "output")
+            for name in ("query", *projections(config), "output")
         }
 
         def project(name: str, x: jax.Array) -> jax.Array:

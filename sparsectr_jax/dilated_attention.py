@@ -1,8 +1,8 @@
 """DilatedAttention: a window and every s-th behaviour, which SparseCTR compares with (4.4.1).
 
 A query at i sees the valid behaviours {j: i - w < j <= i} and {j <= i: (i - j) mod s = 0}, in one
-softmax (the strided pattern of Child et al. 2019). A candidate stands at L, where no behaviour is:
-it sees L - w + 1 .. L - 1 and L - s, L - 2 s, ...
+softmax: the strided pattern of Child et al. 2019, whose window is the stride. A candidate stands at
+L, where no behaviour is: it sees the last w, as EvoAttention's, and L - s, L - 2 s, ...
 
 Queries see the behaviours of their own residue class mod s: s causal attentions of L / s rows, no
 mask over pairs of other classes. What is in the window is left to the window there; the two parts
@@ -32,7 +32,7 @@ EMPTY = -1e30  # the peak of an empty set
 def candidate_rows(length: int, w: int, stride: int) -> np.ndarray:
     """Which behaviours a candidate sees, ascending: at most w + L / s."""
     distance = length - np.arange(length)
-    return np.flatnonzero((distance < w) | (distance % stride == 0))
+    return np.flatnonzero((distance <= w) | (distance % stride == 0))
 
 
 def candidates(
@@ -45,8 +45,6 @@ def candidates(
     scale: float | None = None,
 ) -> jax.Array:
     """q [B, C, H, K], k, v [B, S, H, K] of `candidate_rows` -> [B, C, H, K]."""
-    if not len(rows):
-        return jnp.zeros_like(q)
     slots = sparse.recent_slots(k, v, history, encoding, rows)
     queries = sparse.candidate_queries(q, history, encoding, scale)
 

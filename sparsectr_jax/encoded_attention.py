@@ -217,7 +217,8 @@ def behaviour_branches(q, k, v, keys: Keys, history: History, spec: EvoSpec, enc
 def _behaviour_branches(spec, requests, history, encoding):
     q, k, v, keys = requests
     heads, width = q.shape[-2:]
-    slots, w, local = evo_slots(keys, history, spec, encoding), spec.w, None
+    slots, local = evo_slots(keys, history, spec, encoding), None
+    w = min(spec.w, k.shape[1])
     if "local" in spec.branches:
         user = keys.user_k[..., None], keys.user_v[..., None]
         local = band_of(k, v, history, encoding, w), user

@@ -39,7 +39,8 @@ from ml_collections import ConfigDict
 
 from ctr_jax.time_buckets import BUCKETS, bucket
 from kernels.evo_attention import RelTemporal
-from sparsectr_jax.temporal import slope_init
+from kernels.softmax import accumulation_dtype
+from sparsectr_jax.temporal import FORMS, slope_init
 
 ADDED = ("hstu", "t5", "alibi")  # by EvoAttention's op not, by encoded_attention.py
 ENCODINGS = ("rel_temporal", *ADDED, "rope", "none")
@@ -60,8 +61,9 @@ class Encoding:
     Attributes:
       rel: of rel_temporal, the parts that are on.
       slopes: [3, H] of rel_temporal.
-      by_distance: [length + 1] of hstu, [H, 128 + 1] of t5.
-      by_time: [129] of hstu.
+      by_distance: [length + 1] of hstu, [H, 128 + 1] of t5; float32 at least, as their gradients
+        add up over the rounds of a loop.
+      by_time: [129] of hstu; likewise.
     """
 
     kind: str = flax.struct.field(pytree_node=False)
@@ -119,6 +121,8 @@ def check(config: ConfigDict) -> None:
             f"attention='kernel' has no pairs of behaviours: it needs encoding='none', got "
             f"{config.encoding!r}"
         )
+    if config.slope_init not in FORMS:
+        raise ValueError(f"slope_init must be one of {FORMS}, got {config.slope_init!r}")
     head = config.width // config.num_heads
     if config.encoding == "rope" and head % 2:
         raise ValueError(f"encoding='rope' turns pairs: the head width {head} must be even")
@@ -134,6 +138,11 @@ def layer_encoding(param: Callable, config: ConfigDict, rel: RelTemporal, length
     """
     heads, kind = config.num_heads, config.encoding
     encoding = Encoding(kind, heads, rel)
+
+    def table(*args) -> jax.Array:
+        x = param(*args)
+        return x.astype(accumulation_dtype(x.dtype))
+
     if kind == "rel_temporal":
         slopes = param("slopes", lambda rng: slope_init(heads, config.slope_init).astype("float32"))
         return encoding.replace(slopes=slopes)
@@ -141,13 +150,13 @@ def layer_encoding(param: Callable, config: ConfigDict, rel: RelTemporal, length
         check_length(config, length)
         small = nn.initializers.normal(0.02)
         return encoding.replace(
-            by_distance=param("position", small, (config.length + 1,)),
-            by_time=param("time", small, (BUCKETS + 1,)),
+            by_distance=table("position", small, (config.length + 1,)),
+            by_time=table("time", small, (BUCKETS + 1,)),
         )
     if kind == "t5":
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")  # that of T5X
-        table = param("t5", init, (heads, T5_BUCKETS))
-        return encoding.replace(by_distance=table[:, t5_buckets(T5_MAX_DISTANCE)])
+        of_buckets = table("t5", init, (heads, T5_BUCKETS))
+        return encoding.replace(by_distance=of_buckets[:, t5_buckets(T5_MAX_DISTANCE)])
     return encoding
 
 
@@ -170,7 +179,8 @@ def t5_buckets(most: int) -> np.ndarray:
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-    """[H]: 2^(-8 h / H), h = 1..H."""
+    """[H]: 2^(-8 h / H), h = 1..H, whatever H; the published code differs where H is no power of
+    two."""
     return 2.0 ** (-8.0 / heads * np.arange(1, heads + 1))
 
 

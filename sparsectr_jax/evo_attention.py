@@ -76,12 +76,12 @@ class History:
     """The integers of a batch of histories: all that masks and biases need.
 
     Attributes:
-      chunks: Chunks.
+      chunks: Chunks; None where the attention has none.
       times: [B, L] int32 seconds. mask: [B, L] bool, right-aligned.
       request_time: [B] int32, the candidates' time.
     """
 
-    chunks: Chunks
+    chunks: Chunks | None
     times: jax.Array
     mask: jax.Array
     request_time: jax.Array

@@ -31,6 +31,7 @@ from ctr_jax.request_tiles import in_tiles, loss_in_tiles
 from ctr_jax.tokens import BehaviourToken
 from kernels import dispatch
 from sparsectr_jax import chunking, encodings, rivals
+from sparsectr_jax.aggregate import AGGREGATES
 from sparsectr_jax.block import SparseBlock, evo_spec
 from sparsectr_jax.evo_attention import History
 
@@ -67,7 +68,7 @@ def default_config() -> ConfigDict:
     config.dilated_stride = 32  # s: every s-th behaviour
     config.nsa_block = 32  # l: behaviours of a compressed run and of a selection block
     config.nsa_stride = 16  # s: between the ends of runs
-    config.nsa_top = 2  # n: blocks selected, the own one not counted
+    config.nsa_top = 5  # n: blocks read, of them the oldest, the own one and the one before
     config.kernel_rows = 64  # Linformer's rows, for any length; needs encoding = "none"
     config.length = 1024  # the longest history, for attention = "kernel" or encoding = "hstu"
     # Relative encoding: rel_temporal | hstu | t5 | alibi | rope (4.4.3) | none.
@@ -228,7 +229,7 @@ class Requests(nn.Module):
 
         chunks = None
         for i in range(config.num_layers):
-            if chunks is None or config.chunking == "sim":
+            if config.attention == "evo" and (chunks is None or config.chunking == "sim"):
                 chunks = cut(behaviours)
             history = History(chunks, times, mask, batch.request_time)
             block = SparseBlock(config, i == config.num_layers - 1, dtype, name=f"block_{i}")
@@ -250,8 +251,10 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
     Raises:
       ValueError: a switch has a value that does not exist, or the sizes do not fit.
     """
-    if config.width % config.num_heads:
+    if config.num_heads < 1 or config.width % config.num_heads:
         raise ValueError(f"width {config.width} is not a multiple of num_heads {config.num_heads}")
+    if config.aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate must be one of {AGGREGATES}, got {config.aggregate!r}")
     if config.chunking not in chunking.METHODS:
         raise ValueError(f"chunking must be one of {chunking.METHODS}, got {config.chunking!r}")
     if min(config.num_layers, config.num_chunks, config.num_transition, config.local_window) < 1:

@@ -1,22 +1,25 @@
 """NSAttention: native sparse attention (Yuan et al. 2025), which SparseCTR compares with (4.4.1).
 
-    out = sum_c g_c Attn(q, K_c, V_c)       g = sigmoid(x W_g), per head; c one of
+    out = sum_c g_c Attn(q, K_c, V_c)       g = sigmoid(x W_g + b_g), per head; c one of
 
   compressed  one key per run of l behaviours, a run every s: MLP of [k_j + e_(j in the run)], side
               by side; seen once the run's last behaviour is before i
   selected    the blocks of l behaviours that the compressed weights name: each block has the weight
               that falls on it, spread evenly over the s-behaviour pieces of its runs (the paper's
-              eq. 9); the n heaviest of those that end before the query's own block, whole; and the
-              own block up to the query. Each head selects for itself (one head per group)
+              eq. 9). n are read: the oldest, the query's own up to the query and the one before
+              it always, the n - 3 heaviest of the others. Each head selects for itself (one head
+              per group)
   window      the w behaviours up to the query's own
 
-Decided where the papers are silent: runs and blocks are counted from the newest behaviour, so that
-left padding changes nothing and a candidate sees the newest run; of a run that reaches beyond the
-history the missing behaviours add 0 to the MLP's input, and it counts if any is there. Selection
-blocks are as long as runs. MLPs: l K to l K to K, ReLU, the same for all heads, of keys and of
-values each. A run stands at its middle, at its mean time. A candidate stands at L: all runs are
-over, no block is its own, and its window is the history's last w, as EvoAttention's. A behaviour
-sees itself in its block and window. No user key.
+Each branch has keys and values of its own (section 3.3.3). The gate is one layer, for the paper's
+MLP. Decided where the papers are silent: runs and blocks are counted from the newest behaviour, so
+that left padding changes nothing and a candidate sees the newest run; of a run that reaches beyond
+the history the missing behaviours add 0 to the MLP's input, and it counts if any is there.
+Selection blocks are as long as runs. MLPs: l K to l K to K, ReLU, the same for all heads, of keys
+and of values each. A run stands at its middle, at its mean time. A candidate stands at L: all runs
+are over, no block is its own, so that n - 1 are read, and its window is the history's last w, as
+EvoAttention's. A behaviour sees itself in its block and window. Of blocks of one weight the newer
+is read. No user key.
 
 Work is O(L (L / s + n l + w)), in tiles of queries.
 
@@ -47,7 +50,7 @@ from sparsectr_jax.evo_attention import History, gather_rows
 
 @dataclasses.dataclass(frozen=True)
 class NSASpec:
-    """block: l. stride: s, a divisor of l. top: n. w: of the window. scale: as elsewhere."""
+    """block: l. stride: s, a divisor of l. top: n >= 3. w: of the window. scale: as elsewhere."""
 
     block: int
     stride: int
@@ -56,11 +59,17 @@ class NSASpec:
     scale: float | None = None
 
     def __post_init__(self):
-        if min(self.block, self.stride, self.top) < 1 or self.block % self.stride:
+        if min(self.block, self.stride) < 1 or self.block % self.stride:
             raise ValueError(
-                f"nsa_block {self.block}, nsa_stride {self.stride} and nsa_top {self.top} must be "
-                "at least 1, and the stride divide the block"
+                f"nsa_block {self.block} and nsa_stride {self.stride} must be at least 1, and the "
+                "stride divide the block"
             )
+        if self.top < 3:
+            raise ValueError(f"nsa_top counts three blocks that are always read, got {self.top}")
+
+
+BRANCHES = ("compressed", "selected", "window")
+ALWAYS = 1e9  # above any weight
 
 
 class Blocks(NamedTuple):
@@ -85,8 +94,7 @@ class NativeSparseAttention(nn.Module):
         self,
         queries: tuple[jax.Array | None, jax.Array],
         streams: tuple[jax.Array | None, jax.Array],
-        k: jax.Array,
-        v: jax.Array,
+        keys: dict[str, tuple[jax.Array, jax.Array]],
         history: History,
         encoding: Encoding,
     ) -> tuple[jax.Array | None, jax.Array]:
@@ -94,13 +102,13 @@ class NativeSparseAttention(nn.Module):
 
         Args:
           queries: [B, L, H, K], [B, C, H, K]. streams: the same tokens [B, L, d], [B, C, d].
-          k, v: [B, L, H, K], the keys not turned by RoPE.
+          keys: {branch: (k, v)} [B, L, H, K], the keys not turned by RoPE.
         Returns:
           [B, L, H, K], [B, C, H, K].
         """
-        spec, heads = self.spec, k.shape[2]
+        spec, heads = self.spec, queries[1].shape[2]
         gate = nn.Dense(3 * heads, dtype=self.dtype, name="gate")
-        compressed = self._compressed(k, v, history, encoding)
+        compressed = self._compressed(*keys["compressed"], history, encoding)
 
         def gated(branches, x):  # [B, 3, H, K, n]
             g = nn.sigmoid(gate(x)).reshape(*x.shape[:2], 3, heads, 1)
@@ -108,9 +116,8 @@ class NativeSparseAttention(nn.Module):
 
         def of(function, q, x):
             shared = functools.partial(function, spec)
-            found = sparse.by_requests(
-                shared, (q, k, v, *compressed[:2]), (history, *compressed[2:]), encoding
-            )
+            requests = q, compressed[:2], keys["selected"], keys["window"]
+            found = sparse.by_requests(shared, requests, (history, *compressed[2:]), encoding)
             return gated(found, x)
 
         q_b, q_c = queries
@@ -150,20 +157,21 @@ class NativeSparseAttention(nn.Module):
 
 
 def _behaviours(spec, requests, fixed, encoding):
-    q, k, v, *_ = requests
+    q, *_, (k, v) = requests
     history, *_ = fixed
     queries = sparse.behaviour_queries(q, history, encoding, spec.scale)
-    window = sparse.band_of(k, v, history, encoding, spec.w)
+    w = min(spec.w, k.shape[1])
+    window = sparse.band_of(k, v, history, encoding, w)
 
     def of_window(queries, band, first):
-        logits, visible, v = sparse.band_logits(queries, band, first, spec.w, encoding)
+        logits, visible, v = sparse.band_logits(queries, band, first, w, encoding)
         return sparse.over_band(masked_softmax(logits, visible, -2), v)
 
     return _over_tiles(spec, queries, of_window, window, requests, fixed, encoding)
 
 
 def _candidates(spec, requests, fixed, encoding):
-    q, k, v, *_ = requests
+    q, *_, (k, v) = requests
     history, *_ = fixed
     length = k.shape[1]
     queries = sparse.candidate_queries(q, history, encoding, spec.scale)
@@ -180,7 +188,7 @@ def _candidates(spec, requests, fixed, encoding):
 
 def _over_tiles(spec, queries, of_window, window, requests, fixed, encoding):
     """All branches of all queries, [B, 3, H, K, n]."""
-    _, k, v, *of_runs = requests
+    _, of_runs, (k, v), _ = requests
     history, *places = fixed
     runs, blocks = Slots(*of_runs, *places), _blocks(spec, k, v, history, encoding)
     heads, width = k.shape[-2:]
@@ -194,7 +202,8 @@ def _over_tiles(spec, queries, of_window, window, requests, fixed, encoding):
         selected = _selected(queries, *chosen, blocks, encoding)
         return jnp.stack([out, selected, of_window(queries, window, first)])
 
-    number = runs.time.shape[1] + ((spec.top + 1) * spec.block + spec.w) * (2 * width + 1)
+    read = min(spec.top, blocks.mask.shape[-1] + 1) * spec.block + min(spec.w, k.shape[1])
+    number = runs.time.shape[1] + read * (2 * width + 1)
     size = heads * number * accumulation_dtype(k.dtype).itemsize
     return over_tiles(attend, queries, (runs, blocks, window), query_bytes=size)
 
@@ -223,7 +232,7 @@ def select(
       weights: [H, N, T] of the runs. at: [T], where the queries stand. mask: [l, M].
       length: L.
     Returns:
-      index [H, T, n + 1] of blocks, the own one last; and which of them count, bool.
+      index [H, T, n] of blocks, the own one last; and which of them count, bool.
     """
     heads, runs, number = weights.shape
     pieces, count = spec.block // spec.stride, mask.shape[-1]
@@ -232,20 +241,25 @@ def select(
     of_pieces = sum(padded[:, i : i + count * pieces] for i in range(pieces))
     of_blocks = of_pieces.reshape(heads, count, pieces, number).sum(2)
     own = (at - length) // spec.block + count  # L of a candidate: one behind the last
-    before = jnp.arange(count, dtype=jnp.int32)[:, None] < own
-    of_blocks = jnp.where(before & mask.any(0)[:, None], of_blocks, -1)
-    heaviest, index = jax.lax.top_k(jnp.swapaxes(of_blocks, 1, 2), min(spec.top, count))
+    some, block = mask.any(0)[:, None], jnp.arange(count, dtype=jnp.int32)[:, None]
+    before = block < own
+    always = (block == own - 1) | (block == jnp.argmax(some))
+    of_blocks = jnp.where(before & some, jnp.where(always, ALWAYS, of_blocks), -1)
+    # Turned round, as of equal ones top_k takes the first.
+    of_blocks = jnp.swapaxes(of_blocks, 1, 2)[..., ::-1]
+    heaviest, index = jax.lax.top_k(of_blocks, min(spec.top - 1, count))
+    index = count - 1 - index
     own = jnp.broadcast_to(own[:, None], (heads, number, 1))
     index = jnp.concatenate([index.astype(jnp.int32), jnp.clip(own, 0, count - 1)], -1)
     return index, jnp.concatenate([heaviest >= 0, own < count], -1)
 
 
 def _selected(queries, index, counts, blocks, encoding):
-    """Attention of one request to the blocks `index` [H, T, n + 1], those that `counts`."""
+    """Attention of one request to the blocks `index` [H, T, n], those that `counts`."""
     q, dtype = queries.q, accumulation_dtype(queries.q.dtype)
     heads, number = q.shape[0], q.shape[-1]
 
-    def rows(x):  # [H, K, l, M] -> [H, T, n + 1, K, l]
+    def rows(x):  # [H, K, l, M] -> [H, T, n, K, l]
         x = jnp.moveaxis(x, -1, 1)
         return jax.vmap(lambda x, i: x[i])(x, index)
 

@@ -21,7 +21,7 @@ from sparsectr_jax.encodings import Encoding, check_length
 from sparsectr_jax.evo_attention import History
 from sparsectr_jax.full_attention import full_attention
 from sparsectr_jax.kernel_attention import KernelAttention
-from sparsectr_jax.native_sparse_attention import NativeSparseAttention, NSASpec
+from sparsectr_jax.native_sparse_attention import BRANCHES, NativeSparseAttention, NSASpec
 
 ATTENTIONS = ("evo", "full", "dilated", "nsa", "kernel")
 Pair = tuple[jax.Array | None, jax.Array]
@@ -39,6 +39,13 @@ def check(config: ConfigDict) -> None:
         nsa_spec(config, None)
 
 
+def projections(config: ConfigDict) -> tuple[str, ...]:
+    """Names of the projections that make keys and values."""
+    if config.attention == "nsa":
+        return tuple(f"{branch}_{of}" for branch in BRANCHES for of in ("key", "value"))
+    return "key", "value"
+
+
 def nsa_spec(config: ConfigDict, scale: float | None) -> NSASpec:
     """Raises ValueError where the sizes do not fit."""
     sizes = config.nsa_block, config.nsa_stride, config.nsa_top, config.local_window
@@ -51,7 +58,7 @@ class Rival:
 
     Attributes:
       scale: of the logits; None is K^-1/2.
-      project: ("key" or "value", tokens [B, n, d]) -> [B, n, H, K].
+      project: (one of `projections`, tokens [B, n, d]) -> [B, n, H, K].
     """
 
     config: ConfigDict
@@ -74,8 +81,8 @@ class Rival:
         """
         return getattr(self, f"_{self.config.attention}")(queries, streams)
 
-    def _keys(self, behaviours: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.project("key", behaviours), self.project("value", behaviours)
+    def _keys(self, behaviours: jax.Array, of: str = "") -> tuple[jax.Array, jax.Array]:
+        return self.project(of + "key", behaviours), self.project(of + "value", behaviours)
 
     def _full(self, queries, streams):
         times = self.history.times, self.history.mask, self.history.request_time
@@ -100,9 +107,13 @@ class Rival:
 
     def _dilated(self, queries, streams):
         (q_b, q_c), (x_b, _) = queries, streams
-        sizes = self.config.local_window, self.config.dilated_stride
+        length = x_b.shape[1]  # beyond which neither reaches
+        sizes = (
+            min(self.config.local_window, length),
+            min(self.config.dilated_stride, length + 1),
+        )
         at = self.history, self.encoding
-        rows = dilated_attention.candidate_rows(x_b.shape[1], *sizes)
+        rows = dilated_attention.candidate_rows(length, *sizes)
         if q_b is None:
             out_b, keys = None, self._keys(x_b[:, rows])
         else:
@@ -114,4 +125,5 @@ class Rival:
     def _nsa(self, queries, streams):
         spec = nsa_spec(self.config, self.scale)
         attend = NativeSparseAttention(spec, self.dtype, name="nsa")
-        return attend(queries, streams, *self._keys(streams[0]), self.history, self.encoding)
+        keys = {branch: self._keys(streams[0], f"{branch}_") for branch in BRANCHES}
+        return attend(queries, streams, keys, self.history, self.encoding)

@@ -75,7 +75,8 @@ class Request:
         self.request_time = int(request_time)
         rel = (config.rel_time, config.rel_hour, config.rel_weekend)
         self.encoding = Encoding(config.encoding, params, self.heads, rel)
-        self.k, self.v = self.project("key", x_b), self.project("value", x_b)
+        if config.attention != "nsa":
+            self.k, self.v = self.project("key", x_b), self.project("value", x_b)
 
     def project(self, name, x):
         return (x @ self.p[name]["kernel"]).reshape(*x.shape[:-1], self.heads, self.width)
@@ -118,7 +119,8 @@ class Request:
 
     def dilated(self, x, query):
         w, s, i = self.config.local_window, self.config.dilated_stride, query[2]
-        seen = [j for j in range(self.n) if j <= i and (j > i - w or (i - j) % s == 0)]
+        near = w + (1 if i == self.n else 0)  # a candidate sees w behaviours, none being itself
+        seen = [j for j in range(self.n) if j <= i and (j > i - near or (i - j) % s == 0)]
         return [self.attend(h, x, query, [self.row(h, j) for j in seen]) for h in range(self.heads)]
 
     def kernel(self, x, query):
@@ -169,12 +171,13 @@ class Request:
     def runs(self, h):
         """Of the compressed keys: (k, v, place), the last behaviour, and the run's l places."""
         config, p = self.config, self.p["nsa"]
+        of_branch = [self.project(f"compressed_{name}", self.x_b) for name in ("key", "value")]
         out = []
         for last in range(self.n - 1, -1, -config.nsa_stride):
             places = list(range(last - config.nsa_block + 1, last + 1))
             rows = [j for j in places if j >= 0]
             found = []
-            for x, name in ((self.k, "key"), (self.v, "value")):
+            for x, name in zip(of_branch, ("key", "value"), strict=True):
                 of_place = zip(places, p[f"place_{name}"], strict=True)
                 joined = [x[j, h] + e if j >= 0 else np.zeros(self.width) for j, e in of_place]
                 mlp = p[f"mlp_{name}"]
@@ -184,6 +187,10 @@ class Request:
             place = (self.mean_time(rows), (rows[0] + rows[-1]) // 2)
             out.append(((*found, place), last, places))
         return out
+
+    def row_of(self, branch, h, j):
+        k, v = (self.project(f"{branch}_{name}", self.x_b[j])[h] for name in ("key", "value"))
+        return k, v, (self.times[j], j)
 
     def nsa(self, x, query):
         config, i = self.config, query[2]
@@ -206,15 +213,17 @@ class Request:
                     on_block[number] = on_block.get(number, 0) + float(weight)
             own = (self.n - 1 - i) // block  # -1 of a candidate
             most = (self.n - 1) // block
-            earlier = [b for b in range(own + 1, most + 1)]
-            chosen = sorted(earlier, key=lambda b: -on_block.get(b, 0))[: config.nsa_top]
+            always = {b for b in (own + 1, most) if own < b <= most}
+            others = [b for b in range(own + 1, most + 1) if b not in always]
+            others.sort(key=lambda b: -on_block.get(b, 0))
+            chosen = [*always, *others[: config.nsa_top - 1 - len(always)]]
             seen = [
                 j for j in range(self.n) if j <= i and (self.n - 1 - j) // block in (*chosen, own)
             ]
-            selected = self.attend(h, x, query, [self.row(h, j) for j in seen])
+            selected = self.attend(h, x, query, [self.row_of("selected", h, j) for j in seen])
             w = config.local_window
             first = i - w + (1 if i < self.n else 0)
             near = [j for j in range(self.n) if first <= j <= i]
-            window = self.attend(h, x, query, [self.row(h, j) for j in near])
+            window = self.attend(h, x, query, [self.row_of("window", h, j) for j in near])
             out.append(gate[:, h] @ np.array([compressed, selected, window]))
         return out

@@ -11,6 +11,7 @@ from ctr_jax import query_tiles
 from sparsectr_jax import model
 from sparsectr_jax.block import EvoAttention
 from sparsectr_jax.chunking import time_chunks
+from sparsectr_jax.encodings import Places, layer_encoding
 from sparsectr_jax.evo_attention import History
 from tests.sparsectr_jax.attention_reference import TABLE_LENGTH, Request
 from tests.sparsectr_jax.dense_reference import random_history
@@ -19,7 +20,7 @@ from tests.sparsectr_jax.test_model import built, changed, data_spec, logits_of,
 LENGTHS, L, C, D = (0, 1, 21, 13), 21, 2, 8  # empty, one behaviour, full, some padding
 SIZES = dict(
     width=D, num_heads=2, num_chunks=4, local_window=4, aggregate="mean", dilated_stride=4,
-    nsa_block=4, nsa_stride=2, nsa_top=2, kernel_rows=3, length=TABLE_LENGTH,
+    nsa_block=4, nsa_stride=2, nsa_top=4, kernel_rows=3, length=TABLE_LENGTH,
 )  # fmt: skip
 ENCODINGS = ("rel_temporal", "hstu", "t5", "alibi", "rope")
 QUICK_CASES = {
@@ -232,7 +233,10 @@ def test_what_does_not_go_together_is_refused():
         ({"attention": "kernel", "encoding": "none", "kernel_rows": 0}, "kernel_rows"),
         ({"attention": "dilated", "dilated_stride": 0}, "dilated_stride"),
         ({"attention": "nsa", "nsa_block": 6, "nsa_stride": 4}, "divide the block"),
-        ({"attention": "nsa", "nsa_top": 0}, "nsa_top 0"),
+        ({"attention": "nsa", "nsa_top": 2}, "three blocks"),
+        ({"num_heads": 0}, "num_heads 0"),
+        ({"aggregate": "sum"}, "aggregate must be"),
+        ({"slope_init": "one"}, "slope_init must be"),
         ({"encoding": "time"}, "encoding must be one of"),
         ({"encoding": "hstu", "length": 0}, "longest history"),
         ({"encoding": "rope", "width": 6, "num_heads": 2}, "must be even"),
@@ -247,3 +251,21 @@ def test_what_does_not_go_together_is_refused():
 def test_a_history_longer_than_its_table_is_refused(changes):
     with pytest.raises(ValueError, match="a history of 14 behaviours"):
         built(small(length=13, **changes))
+
+
+@pytest.mark.parametrize("kind", ["t5", "hstu"])
+def test_a_table_of_bfloat16_takes_all_its_gradient_from_a_loop(kind):
+    config = small(encoding=kind, num_heads=2)
+    shapes = dict(t5=(2, 32), position=(config.length + 1,), time=(129,))
+    names = ("t5",) if kind == "t5" else ("position", "time")
+    tables = {name: jnp.zeros(shapes[name], jnp.bfloat16) for name in names}
+    one, two = (Places(jnp.full((1, 1, 1), x), jnp.full((1, 1, 1), x)) for x in (0, 1))
+
+    def total(tables):
+        encoding = layer_encoding(lambda name, *_: tables[name], config, None, 14)
+        bias = lambda i: encoding.bias(two, one, jnp.float32) + 0 * i  # noqa: E731
+        return jnp.sum(jax.lax.map(bias, jnp.arange(3200)))
+
+    for gradient in jax.grad(total)(tables).values():
+        values = np.unique(np.asarray(gradient, np.float32))
+        np.testing.assert_array_equal(values, [0, 3200])
