@@ -83,4 +83,8 @@ def test_meshes_and_micro_batches(name, check, small_config):
     small_config.model = small(module, **changes)
     if name == "soft":  # of micro-batches the loss is a mean of means
         small_config.loss.weights.search = 0.5 if check is check_mesh else 0.0
+        # Adam's first steps have one size whatever the gradient's: where that is rounding, they
+        # differ.
+        for optimizer in (small_config.optimizer, small_config.table_optimizer):
+            optimizer.name, optimizer.learning_rate = "sgd", 0.1
     check(small_config, 4, 2)

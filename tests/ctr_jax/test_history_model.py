@@ -34,7 +34,7 @@ MODULES = dict(
 )  # fmt: skip
 CHANGED = dict(
     base=dict(short_length=4),
-    bst=dict(num_layers=2, pooling="mean", dropout=0.5),
+    bst=dict(num_layers=2, pooling="mean"),
     can=dict(micro_widths=(4, 3, 2)),
     eta=dict(top_k=3),
     longer=dict(recent=2, merge=2),
@@ -160,6 +160,8 @@ def test_each_device_goes_through_its_own_requests(name, monkeypatch):
     module = MODULES[name]
     config = module.default_config()
     config.update(embedding_width=3, width=8, head_hidden=(6,), **CHANGED.get(name, {}))
+    if name == "bst":
+        config.dropout = 0.5  # it goes in tiles as without
     model, _ = module.build(config, SPEC)
 
     def loss(variables, vectors):
