@@ -321,12 +321,13 @@ def test_impossible_settings_are_refused():
         ({"hour_form": "minute"}, "hour_form"),
         ({"logit_scale": "none"}, "logit_scale"),
         ({"attention": "x"}, "attention must be"),
+        ({"aggregate": "x"}, "aggregate must be"),
         ({"exclude": ("user/height",)}, "no such column"),
         ({"exclude": ("behaviour/cate", "behaviour/type")}, "behaviour column"),
     ]:
         with pytest.raises(ValueError, match=match):
             model.build(small(**changes), data_spec())
-    for changes in ({"gate": "x"}, {"aggregate": "x"}, {"block": "x"}):
+    for changes in ({"gate": "x"}, {"block": "x"}):
         module, columns = model.build(small(**changes), data_spec())
         with pytest.raises(ValueError, match="must be"):
             jax.eval_shape(
