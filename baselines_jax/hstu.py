@@ -9,7 +9,7 @@ One layer, the rows of x being the history's and the candidates':
 with n = config.length, the longest history, whatever a batch is padded to (the published code takes
 the padded length, which is the same number in all its batches). LN has no scale or bias, and adds
 its eps of 1e-6, as there, to a variance that 1/n makes small: what a history adds grows with its
-share of n (rms .02 of 5 behaviours and .2 of 200, at the start, n = 200). No 1/sqrt(K); the biases
+share of n. No 1/sqrt(K); the biases
 p and w are each layer's own and the same for all heads, and
 bucket(D) = clip(int(ln(max(|D|, 1)) / 0.301), 0, 128). The time of a query is that of the next
 item: for the newest behaviour and for a candidate, which is the item after it, the request's.
@@ -41,8 +41,8 @@ from ctr_jax.features import Column, DataSpec
 from ctr_jax.history_model import Tokens, check_length
 from ctr_jax.layers import token_dot_general
 from ctr_jax.query_tiles import heads_last, over_tiles, tokens_last
-from ctr_jax.time_buckets import BUCKETS, bucket
-from kernels.softmax import accumulation_dtype
+from ctr_jax.query_tiles import logits as logits_of
+from ctr_jax.time_buckets import bucket, tables
 
 
 def default_config() -> ConfigDict:
@@ -140,14 +140,7 @@ class Layer(nn.Module):
         of_uq, of_vk = dense(2 * d, "uq", small), dense(2 * d, "vk", small)
         out = nn.Dense(d, kernel_init=xavier, dot_general=token_dot_general, name="out")
         norm = nn.LayerNorm(use_bias=False, use_scale=False)
-
-        def table(name: str, rows: int) -> jax.Array:
-            # As wide as sums are: its gradient adds up over the rounds of a loop.
-            x = self.param(name, small, (rows,))
-            return x.astype(accumulation_dtype(x.dtype))
-
-        by_distance = table("position", self.length + 1)  # p[0] is of i = j
-        by_time = table("time", BUCKETS + 1)
+        by_distance, by_time = tables(self.param, self.length)
 
         def split(projection: nn.Dense, x: jax.Array) -> list[jax.Array]:
             return jnp.split(nn.silu(projection(x)), 2, -1)
@@ -207,5 +200,4 @@ class Layer(nn.Module):
 def _weights(k, q, bias, visible):
     """silu(k q + bias) where `visible`, else 0, without the 1/n: k [H, K, S], q [H, K, T] ->
     [H, S, T], float32 at least."""
-    logits = jnp.einsum("hks,hkt->hst", k, q, preferred_element_type=accumulation_dtype(q.dtype))
-    return jnp.where(visible, nn.silu(logits + bias), 0)
+    return jnp.where(visible, nn.silu(logits_of(k, q) + bias), 0)

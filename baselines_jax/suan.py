@@ -44,7 +44,8 @@ from ctr_jax.features import Column, DataSpec, default_columns
 from ctr_jax.history_model import Tokens, check_length
 from ctr_jax.layers import RMSNorm, SwiGLU, token_dot_general
 from ctr_jax.query_tiles import heads_last, over_tiles, tokens_last
-from ctr_jax.time_buckets import BUCKETS, bucket
+from ctr_jax.query_tiles import logits as logits_of
+from ctr_jax.time_buckets import bucket, tables
 from kernels.softmax import accumulation_dtype, masked_softmax
 
 
@@ -211,15 +212,7 @@ class SelfAttention(nn.Module):
         """Arguments as of Block -> ([B, L, d] or None, [B, C, d])."""
         d, size = candidates.shape[-1], history.shape[1]
         project, out = _projections(self.heads, d)
-        small = nn.initializers.normal(0.02)
-
-        def table(name: str, rows: int) -> jax.Array:
-            # As wide as sums are: its gradient adds up over the rounds of a loop.
-            x = self.param(name, small, (rows,))
-            return x.astype(accumulation_dtype(x.dtype))
-
-        by_distance = table("position", self.length + 1)  # p[0] is of i = j
-        by_time = table("time", BUCKETS + 1)
+        by_distance, by_time = tables(self.param, self.length)
         k, v = project("k", history), project("v", history)
         sizes = dict(
             query_bytes=self.heads * size * candidates.dtype.itemsize, tile_bytes=self.tile_bytes
@@ -235,7 +228,7 @@ class SelfAttention(nn.Module):
             """Candidates' (q, k, v), each [H, K, T] -> [H, K, T]."""
             del first
             (q, own_k, own_v), (k, v, mask, bias) = own, keys
-            logits = _logits(k, q) + bias[:, None]
+            logits = logits_of(k, q) + bias[:, None]
             own_logit = jnp.sum((own_k * q).astype(logits.dtype), 1, keepdims=True) + itself
             visible = jnp.append(mask, True)[:, None]
             weights = masked_softmax(jnp.concatenate([logits, own_logit], 1), visible, axis=-2)
@@ -255,7 +248,7 @@ class SelfAttention(nn.Module):
             bias = jnp.take(by_distance, distance, mode="clip")
             bias += by_time[bucket(query_time - times[:, None])]
             visible = mask[:, None] & (distance >= 0)
-            weights = masked_softmax(_logits(k, q) + bias, visible, axis=-2)
+            weights = masked_softmax(logits_of(k, q) + bias, visible, axis=-2)
             return jnp.einsum("hks,hst->hkt", v, weights.astype(v.dtype))
 
         queries = project("q", history), times
@@ -278,7 +271,7 @@ class CrossAttention(nn.Module):
             """q [H, K, T] -> [H, K, T]."""
             del first
             k, v = keys
-            weights = nn.softmax(_logits(k, q), -2).astype(v.dtype)
+            weights = nn.softmax(logits_of(k, q), -2).astype(v.dtype)
             return jnp.einsum("hks,hst->hkt", v, weights)
 
         query_bytes = self.heads * user.shape[1] * x.dtype.itemsize
@@ -302,8 +295,3 @@ def _projections(heads: int, d: int):
         return heads_last(x * (d // heads) ** -0.5 if name == "q" else x, heads)
 
     return project, dense(name="out")
-
-
-def _logits(k: jax.Array, q: jax.Array) -> jax.Array:
-    """k [H, K, S], q [H, K, T] -> [H, S, T], in float32 at least."""
-    return jnp.einsum("hks,hkt->hst", k, q, preferred_element_type=accumulation_dtype(q.dtype))

@@ -35,7 +35,8 @@ from ctr_jax.features import Column, DataSpec
 from ctr_jax.history_model import Tokens, check_length
 from ctr_jax.layers import token_dot_general
 from ctr_jax.query_tiles import heads_last, over_tiles, tokens_last
-from kernels.softmax import accumulation_dtype, masked_softmax
+from ctr_jax.query_tiles import logits as logits_of
+from kernels.softmax import masked_softmax
 
 
 def default_config() -> ConfigDict:
@@ -151,17 +152,12 @@ class Layer(nn.Module):
         return finish(history[:, start:], attended), candidates
 
 
-def _logits(k, q):
-    """k [H, K, S], q [H, K, T] -> [H, S, T], float32 at least."""
-    return jnp.einsum("hks,hkt->hst", k, q, preferred_element_type=accumulation_dtype(q.dtype))
-
-
 def _causal(start, q, keys, first):
     """q [H, K, T] from position `start + first` on -> [H, K, T]."""
     k, v, mask = keys
     at = start + first + jnp.arange(q.shape[-1], dtype=jnp.int32)
     visible = mask[:, None] & (jnp.arange(mask.size, dtype=jnp.int32)[:, None] <= at)
-    weights = masked_softmax(_logits(k, q), visible, axis=-2)
+    weights = masked_softmax(logits_of(k, q), visible, axis=-2)
     return jnp.einsum("hks,hst->hkt", v, weights.astype(v.dtype))
 
 
@@ -169,7 +165,7 @@ def _candidates(own, keys, first):
     """Candidates' (q, k, v), each [H, K, T] -> [H, K, T]."""
     del first
     (q, own_k, own_v), (k, v, mask) = own, keys
-    logits = _logits(k, q)
+    logits = logits_of(k, q)
     itself = jnp.sum((own_k * q).astype(logits.dtype), 1, keepdims=True)
     visible = jnp.append(mask, True)[:, None]
     weights = masked_softmax(jnp.concatenate([logits, itself], 1), visible, axis=-2)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
+from kernels.softmax import accumulation_dtype
 
 # Of a tile's weights: what a CPU's caches like; elsewhere what memory allows.
 TILE_BYTES, LARGE_TILE_BYTES = {"cpu": 4 << 20}, 64 << 20
@@ -92,6 +93,12 @@ def _block(attend, queries, keys, start, end, largest):
     tiles = jax.tree.map(cut, queries), start + size * jnp.arange(count, dtype=jnp.int32)
     out = jnp.moveaxis(jax.lax.map(lambda t: tile(t[0], keys, t[1]), tiles), 0, -2)
     return out.reshape(*out.shape[:-2], count * size)[..., :n]
+
+
+def logits(k: jax.Array, q: jax.Array) -> jax.Array:
+    """Products of one request's keys [H, K, S] and queries [H, K, T] -> [H, S, T], in float32 at
+    least."""
+    return jnp.einsum("hks,hkt->hst", k, q, preferred_element_type=accumulation_dtype(q.dtype))
 
 
 def heads_last(x: jax.Array, heads: int) -> jax.Array:

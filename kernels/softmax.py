@@ -11,6 +11,11 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """x in that type: a table that a loop reads adds its gradient up over the loop's rounds."""
+    return x.astype(accumulation_dtype(x.dtype))
+
+
 def masked_softmax(logits: jax.Array, mask: jax.Array, axis: int = -1) -> jax.Array:
     """Softmax over the entries where `mask`; an empty set gives 0, never a uniform row or NaN.
 

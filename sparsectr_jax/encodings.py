@@ -37,9 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ctr_jax.time_buckets import BUCKETS, bucket
+from ctr_jax.time_buckets import bucket, tables
 from kernels.evo_attention import RelTemporal
-from kernels.softmax import accumulation_dtype
+from kernels.softmax import widened
 from sparsectr_jax.temporal import FORMS, slope_init
 
 ADDED = ("hstu", "t5", "alibi")  # by EvoAttention's op not, by encoded_attention.py
@@ -138,24 +138,16 @@ def layer_encoding(param: Callable, config: ConfigDict, rel: RelTemporal, length
     """
     heads, kind = config.num_heads, config.encoding
     encoding = Encoding(kind, heads, rel)
-
-    def table(*args) -> jax.Array:
-        x = param(*args)
-        return x.astype(accumulation_dtype(x.dtype))
-
     if kind == "rel_temporal":
         slopes = param("slopes", lambda rng: slope_init(heads, config.slope_init).astype("float32"))
         return encoding.replace(slopes=slopes)
     if kind == "hstu":
         check_length(config, length)
-        small = nn.initializers.normal(0.02)
-        return encoding.replace(
-            by_distance=table("position", small, (config.length + 1,)),
-            by_time=table("time", small, (BUCKETS + 1,)),
-        )
+        by_distance, by_time = tables(param, config.length)
+        return encoding.replace(by_distance=by_distance, by_time=by_time)
     if kind == "t5":
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")  # that of T5X
-        of_buckets = table("t5", init, (heads, T5_BUCKETS))
+        of_buckets = widened(param("t5", init, (heads, T5_BUCKETS)))
         return encoding.replace(by_distance=of_buckets[:, t5_buckets(T5_MAX_DISTANCE)])
     return encoding
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baselines_jax import hstu, transformer
-from baselines_jax.hstu import BUCKETS, bucket
+from ctr_jax.time_buckets import BUCKETS, bucket
 from tests.baselines_jax import references
 from tests.baselines_jax.cases import applied, tokens_of, variables_of
 from tests.lrea_jax.cases import SPEC

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from baselines_jax import hstu, transformer
-from ctr_jax import embedding, flops, precision, sharding, steps
+from baselines_jax import hstu
+from ctr_jax import embedding, flops, precision, query_tiles, sharding, steps
 from ctr_jax.data.expected import expected_spec
 
 PAGES = {
@@ -106,7 +106,7 @@ def test_logits_of_bfloat16_tokens_are_float32():
     rng = np.random.default_rng(0)
     k, q = (jnp.asarray(3 * rng.normal(size=(2, 16, n)), jnp.bfloat16) for n in (7, 4))
     expected = np.einsum("hks,hkt->hst", np.asarray(k, np.float64), np.asarray(q, np.float64))
-    np.testing.assert_allclose(transformer._logits(k, q), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(query_tiles.logits(k, q), expected, rtol=1e-5, atol=1e-5)
     found = hstu._weights(k, q, jnp.float32(1.0), True)
     expected = (expected + 1) / (1 + np.exp(-expected - 1))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
