@@ -159,6 +159,7 @@ def studies() -> dict[str, dict[str, dict]]:
         "baselines_movielens": {r: _row(f"baselines_movielens.py:{r}") for r in ROWS},
         "baselines_demo": {r: _row(f"baselines_alibaba.py:{r},demo") for r in ROWS},
         "figure_2": {name: _row(demo, **changes) for name, changes in FIGURE_2.items()},
+        "figure_2_movielens": {name: _row(movielens, **c) for name, c in FIGURE_2.items()},
         "laser_ablations": {
             name: _row("laser_alibaba.py:long", **changes)
             for name, changes in LASER_ABLATIONS.items()

@@ -34,7 +34,7 @@ BUILDERS = {
     "taobao": "ctr_jax.data.taobao:Taobao",
 }
 # Raised whenever preparation gives other files for the same options and raw files.
-FORMAT = 3
+FORMAT = 4
 # Options that say where and how, not what: they do not change the prepared data set.
 _NOT_CONTENT = ("raw_dir", "prepared_dir", "memory_limit", "threads", "generate")
 

@@ -252,6 +252,22 @@ def _texts(values: list[str]) -> np.ndarray:
     return np.array(values, np.dtypes.StringDType())
 
 
+def _lower_bounds(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """np.searchsorted(values, wanted), of texts too: [...] int64.
+
+    NumPy's own, to 2.4 at least, reads texts of more than 15 bytes that lie in two arrays from the
+    memory of one of them; its element-wise comparisons do not.
+    """
+    if values.dtype.kind != "T":
+        return np.searchsorted(values, wanted)
+    below = np.zeros(wanted.shape, np.int64)  # so many values are known to be less than the wanted
+    step = 1 << len(values).bit_length()
+    while step := step >> 1:
+        at = np.minimum(below + step, len(values))
+        below = np.where(values[at - 1] < wanted, at, below)
+    return below
+
+
 class Vocabulary:
     """A fitted vocabulary in memory, for encoding outside the database and at serving time."""
 
@@ -287,7 +303,7 @@ class Vocabulary:
             values = values.astype(self._values.dtype, copy=False)
         ids = np.full(values.shape, OOV, np.int32)
         if len(self._values):
-            at = np.minimum(np.searchsorted(self._values, values), len(self._values) - 1)
+            at = np.minimum(_lower_bounds(self._values, values), len(self._values) - 1)
             ids = np.where(self._values[at] == values, self._ids[at], OOV).astype(np.int32)
         return ids if missing is None else np.where(missing, MISSING, ids).astype(np.int32)
 

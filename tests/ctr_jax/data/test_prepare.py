@@ -196,6 +196,20 @@ def test_one_long_text_does_not_widen_a_vocabulary(tmp_path):
     assert peak < 10e6  # as wide as its longest text everywhere, each array would be 800 MB
 
 
+def test_texts_of_every_length_get_their_own_ids():
+    rng = np.random.default_rng(0)
+    letters = list("abcé|")
+    texts = sorted({"".join(rng.choice(letters, rng.integers(1, 41))) for _ in range(600)})
+    wanted = [str(t) for t in rng.permutation(texts)]
+    for size in (0, 1, 2, 3, 7, 8, 300):
+        known = {str(t): i for i, t in enumerate(rng.permutation(texts)[:size], 3)}
+        ids = np.array(list(known.values()), np.int32)
+        vocabulary = Vocabulary(np.array(list(known), np.dtypes.StringDType()), ids)
+        for some in (wanted, wanted[:40], wanted[-1:]):  # where they lie in memory must not matter
+            found = vocabulary.encode_column(pa.array(some))
+            assert found.tolist() == [known.get(t, 1) for t in some]
+
+
 LOGS = {
     "alibaba": {"users": 40, "behaviours": 60, "sessions": 4},
     "amazon": {"users": 50, "behaviours": 10.0, "items": 100, "categories": 5},
