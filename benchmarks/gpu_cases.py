@@ -101,6 +101,8 @@ def entries(small: bool) -> list[Entry]:
     out.append(_check(EVO, "sparsity_2", narrow, False))
     narrow = narrow._replace(batch=wide.batch)
     out += [_speed(EVO, "sparsity_2", narrow, *how, FASTEST) for how in both_dtypes]
+    for op, name in first.items():
+        out += [_speed(op, f"{name}_ragged", shapes[op][name], *how) for how in passes["bfloat16"]]
     for level in (1, 3, 4):
         shape = shapes[EVO][f"sparsity_{level}"]
         out.append(_check(EVO, f"sparsity_{level}", shape, False))
@@ -127,7 +129,8 @@ def _check(op: str, name: str, shape: Any, exact: bool) -> Entry:
 
 def _speed(op, name, shape, dtype, both, rivals=(), is_goal=False) -> Entry:
     way = "forward+backward" if both else "forward"
-    run = functools.partial(speed, op, shape, dtype, both, rivals, is_goal)
+    ragged = name.endswith("_ragged")
+    run = functools.partial(speed, op, shape, dtype, both, rivals, is_goal, ragged)
     return Entry(f"speed {op} {name} {dtype} {way}", run)
 
 
@@ -161,18 +164,22 @@ def speed(
     both: bool,
     rivals: tuple[str, ...],
     is_goal: bool,
+    ragged: bool,
     bench: Bench,
 ) -> dict:
     """Kernel against XLA path and, of evo_attention, full attention.
 
     Args:
       both: forward and backward pass. rivals: words that the rivals' names must hold one of.
-      is_goal: whether the goals (gpu_suite.GOALS) are of this shape.
+      is_goal: whether the goals (gpu_suite.GOALS) are of this shape. ragged: with histories full,
+        half, empty and of one behaviour, in place of full ones.
     """
     if op != EVO and not bench.small:
         shape = _filling(op, shape, dtype, both)
     arguments = bench.once(
-        lambda batch: draw(op, shape._replace(batch=batch), dtype)[: None if both else -1]
+        lambda batch: draw(op, shape._replace(batch=batch), dtype, ragged=ragged)[
+            : None if both else -1
+        ]
     )
 
     def ours(name: str, role: str, **options) -> Way:

@@ -45,12 +45,12 @@ PARTS = {
 }
 
 
-def draw(op: str, shape: Any, dtype: str, strict: bool = False) -> tuple:
+def draw(op: str, shape: Any, dtype: str, strict: bool = False, ragged: bool = False) -> tuple:
     """Arrays for an op's call and its cotangents, last.
 
     Args:
-      strict: for checks: VALID histories, and numbers of four bits, so that bfloat16 products are
-        exact and leaky ReLU's kink falls the same way for all.
+      strict: for checks: numbers of four bits, so that bfloat16 products are exact and leaky
+        ReLU's kink falls the same way for all. ragged: VALID histories, as strict ones are.
     """
     _, described = OPS[op].calls(shape, "xla", jnp.dtype(dtype))["backward"]
     wanted, structure = jax.tree.flatten(described)
@@ -67,7 +67,8 @@ def draw(op: str, shape: Any, dtype: str, strict: bool = False) -> tuple:
 
     drawn = structure.unflatten(arrays(jax.random.key(0, impl="rbg")))
     length = length_of(op, shape)
-    valid = [round(part * length) if part >= 0 else -part for part in VALID] if strict else [length]
+    parts = VALID if strict or ragged else (1.0,)
+    valid = [round(part * length) if part >= 0 else -part for part in parts]
     mask = np.arange(length) >= length - np.resize(valid, shape.batch)[:, None]
     if op == EVO:
         return _with_times(drawn, shape, mask)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -111,10 +112,16 @@ def reason(row: dict) -> str:
 
 def checks(record: dict) -> str:
     """One sentence."""
-    done = [e for e in of_kind(record, "check") if e["status"] != "left out"]
-    wrong = [e["name"].removeprefix("check ") for e in done if not e.get("ok", False)]
-    return f"Checks: {len(done) - len(wrong)} of {len(done)} passed" + (
-        f"; not {', '.join(wrong)}." if wrong else "."
+    every = {e["name"].removeprefix("check "): e for e in of_kind(record, "check")}
+    done = {name: e for name, e in every.items() if e["status"] != "left out"}
+    wrong = [name for name, e in done.items() if not e.get("ok", False)]
+    old = sum(has_changed(e, record) for e in done.values())
+    missing = [name for name in every if name not in done]
+    return (
+        f"Checks: {len(done) - len(wrong)} of {len(done)} that ran passed"
+        + (f"; not {', '.join(wrong)}" if wrong else "")
+        + (f"; {old} of them were of kernels that have changed since{OLD}" if old else "")
+        + (f"; not run: {', '.join(missing)}." if missing else ".")
     )
 
 
@@ -166,9 +173,14 @@ def block_lines(record: dict) -> list[str]:
 
 
 def judged(
-    records: list[dict], op: str, device: str, least_candidates: int = 1
+    records: list[dict],
+    op: str,
+    device: str,
+    least_candidates: int = 1,
+    most_slots: float = math.inf,
 ) -> tuple[bool, str]:
-    """Whether the kernel is to be the default of the device, for so many candidates, and why."""
+    """Whether the kernel is to be the default of the device, and why: for so many candidates and,
+    of evo_attention, slots."""
     compared_with, against, why_not = [], [], NOT_MEASURED
     for record in [r for r in records if r["device"] == device]:
         for entry in record["entries"]:
@@ -187,7 +199,9 @@ def judged(
             elif entry.get("ok") is False or entry.get("agrees") is False:
                 against.append(f"is wrong: {name}")
             elif "xla" in entry.get("ratios", {}):
-                if entry["shape"]["candidates"] < least_candidates:
+                shape = entry["shape"]
+                slots = shape.get("chunks", 0) * (1 + shape.get("transition", 0))
+                if shape["candidates"] < least_candidates or slots > most_slots:
                     continue
                 compared_with.append((entry["ratios"]["xla"]["ratio"], entry["pass"], name))
     passes = {way for _, way, _ in compared_with}
@@ -208,10 +222,12 @@ def preferred_table(records: list[dict]) -> str:
     for op in OPS:
         api = importlib.import_module(f"kernels.{op}.api")
         in_code, least_candidates = api.PREFERRED, getattr(api, "PREFERRED_FROM", 1)
+        most_slots = getattr(api, "PREFERRED_TO", math.inf)
         name = op if least_candidates == 1 else f"{op}, from {least_candidates} candidates"
+        name += f", up to {most_slots} slots" if most_slots < math.inf else ""
         platforms = {record["device"]: record["platform"] for record in records}
         for device in sorted({*platforms, *in_code}):
-            is_kernel, why = judged(records, op, device, least_candidates)
+            is_kernel, why = judged(records, op, device, least_candidates, most_slots)
             says = next(iter(in_code.get(device, ())), "xla")
             wanted = PLATFORMS[platforms[device]] if is_kernel else "xla"
             differs = "" if says == wanted else ": **to be changed**"

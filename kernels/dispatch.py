@@ -29,6 +29,7 @@ T = TypeVar("T")
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 RUNS_ON = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}  # how a device names itself -> what it is
+OTHER_GPUS = ("AMD", "Radeon", "gfx")  # how the kinds of devices begin that ROCm runs on
 CHOICES = ("auto", "xla", "pallas")  # of a scope: what was measured, XLA, the platform's kernels
 
 
@@ -138,6 +139,9 @@ def cannot_run_here(interpret: Any, batch: int) -> dict[str, str]:
             for name, target in RUNS_ON.items()
             if target != here
         }
+        if here == "gpu" and device_kind().startswith(OTHER_GPUS):
+            reason = f"it is written for NVIDIA's GPUs, the target is an {device_kind()}"
+            refusals["pallas_gpu"] = reason
     reason = meshes.refusal(_SCOPE.get().batch_axes, batch, partitioned=bool(interpret))
     return {name: reason for name in RUNS_ON if reason} | refusals
 
@@ -177,6 +181,13 @@ def choose(
     if named != "xla":
         scoped.used.add(op)
     return named
+
+
+def checked_blocks(op: str, blocks: T) -> T:
+    """The same. Raises ValueError where one of the sizes is no positive number."""
+    if min(blocks) < 1:
+        raise ValueError(f"{op}: blocks must be 1 or more, got {tuple(blocks)}")
+    return blocks
 
 
 def block_sizes(

@@ -17,7 +17,8 @@ The first term of the split form does not go through the rows: it weighs `total`
 behaviours, in all three. (phi(t W1) W_o is a number, and sum_l e_l times it is exact at any rank.)
 No softmax, no biases. A padding behaviour is an exact zero row of E_s, so it adds nothing.
 
-No [B, C, K, h] array is made by any implementation.
+No [B, C, K, h] array is made by any implementation; but by the gradient of "hidden" tiles, which
+are for serving.
 
 Axis letters: B requests, C candidates, K rows, d model width, h hidden units.
 """
@@ -79,7 +80,7 @@ def absorbed_target_attention(
     Args:
       query: [B, C, d] candidates.
       memory: K rows; K = 0 gives zeros.
-      slope: a of phi.
+      slope: a of phi, 0 or more.
       tiling: of "xla": "keys" for training (row_tiles.py), "hidden" for serving (reference.py).
       tile_bytes: of "xla": size of the largest temporary of a tile; 0 = 1 MiB on a CPU and 64 MiB
         elsewhere ("keys"), 128 KiB ("hidden").
@@ -91,7 +92,7 @@ def absorbed_target_attention(
       ValueError: an unknown form or tiling, shapes that do not fit, or an implementation that
         cannot run here.
     """
-    _check(query, memory, weights, form, tiling)
+    _check(query, memory, weights, form, tiling, slope)
     refusals = dispatch.cannot_run_here(interpret, len(query)) | _refusals(query)
     chosen = dispatch.choose(OP, implementation, refusals, PREFERRED)
     if 0 in memory.keys.shape[:2] or query.shape[1] == 0:
@@ -106,7 +107,8 @@ def absorbed_target_attention(
         options = dict(tile_bytes=tile_bytes, together=together)
         out = _mapped(_How(axes, chosen, joint, slope, tuple(options.items())), *arguments)
     else:
-        blocks = blocks or blocks_for(chosen, query.dtype, memory.keys.shape[1])
+        of_table = blocks_for(chosen, query.dtype, memory.keys.shape[1])
+        blocks = dispatch.checked_blocks(OP, blocks or of_table)
         options = dict(blocks=blocks, interpret=interpret)
         how = _How(dispatch.request_axes(), chosen, joint, slope, tuple(options.items()))
         out = _mapped(how, *arguments)
@@ -167,12 +169,14 @@ def _refusals(query) -> dict[str, str]:
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _check(query, memory, weights, form, tiling):
+def _check(query, memory, weights, form, tiling, slope):
     if form not in FORMS or tiling not in TILINGS:
         raise ValueError(
             f"{OP}: form must be one of {FORMS} and tiling one of {TILINGS}, got {form!r} and "
             f"{tiling!r}"
         )
+    if slope < 0:
+        raise ValueError(f"{OP}: slope must be 0 or more, got {slope}")
     if query.ndim != 3 or memory.keys.ndim != 3 or weights.of_query.ndim != 2:
         raise ValueError(
             f"{OP}: query, keys and values need 3 axes and W1 2, got {query.shape}, "

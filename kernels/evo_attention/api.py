@@ -19,11 +19,13 @@ from kernels.evo_attention import pallas_gpu, pallas_tpu, reference
 from kernels.evo_attention.arguments import Band, Prefix, Recent, Static
 from kernels.evo_attention.rel_temporal import RelTemporal
 
-KINDS = {"mask": jnp.bool_} | dict.fromkeys(
-    ("times", "request_time", "time", "position"), jnp.signedinteger
-)
-# By device kind, as benchmarks/report.py judges measurements; XLA elsewhere (docs/kernels.md).
+INTEGERS = ("times", "request_time", "time", "position")
+KINDS = {"mask": jnp.bool_} | dict.fromkeys(INTEGERS, jnp.int32)
+# By device kind, as benchmarks/report.py judges measurements; XLA elsewhere (docs/kernels.md), and
+# for more slots of a request than PREFERRED_TO, the most that were measured: backward, the GPU's
+# kernel leaves a partial sum of every slot for each tile of queries.
 PREFERRED: dict[str, tuple[str, ...]] = {"NVIDIA H200": ("pallas_gpu",)}
+PREFERRED_TO = 48
 IMPLEMENTATIONS = {"xla": reference, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
 
@@ -60,12 +62,12 @@ def behaviour_branches(
       implementation: "xla", "pallas_tpu", "pallas_gpu"; None takes the best that was measured.
       interpret: as of pallas_call, for tests without the device.
     Returns:
-      (global, transition, local), each [B, L, H, K] in q's dtype, or None if left out.
+      (global, transition, local), each [B, L, H, K] in q's dtype, or None if left out; L may be 0.
     Raises:
       ValueError: shapes do not fit, no branch is left, or the named implementation cannot run.
     """
     prefixes = {"global_keys": global_keys, "transition_keys": transition_keys}
-    _check(q, prefixes, slopes, window, scale)
+    _check(q, prefixes, slopes, window, scale, block)
     for name, x in (("times", times), ("mask", mask)):
         _expect(name, x, q.shape[:2])
     if band is not None:
@@ -73,6 +75,8 @@ def behaviour_branches(
     spec = Static(rel, window, scale, tile_logits, block, interpret, request_axes())
     used = [p for p in prefixes.values() if p is not None]
     module = _module(implementation, spec, q, used, band is not None)
+    if 0 in q.shape:
+        return _in_order([q] * (len(used) + (band is not None)), (*prefixes.values(), band))
     out = module.behaviour_branches(spec, q, used, band, slopes, times, mask)
     return _in_order(out, (*prefixes.values(), band))
 
@@ -97,18 +101,20 @@ def candidate_branches(
       q: [B, C, H, K]. request_time: [B] int32 seconds, the candidates' time. The others are those
         of `behaviour_branches`.
     Returns:
-      (global, transition, local), each [B, C, H, K] in q's dtype, or None if left out.
+      (global, transition, local), each [B, C, H, K] in q's dtype, or None if left out; C may be 0.
     Raises:
       ValueError: shapes do not fit, no branch is left, or the named implementation cannot run.
     """
     prefixes = {"global_keys": global_keys, "transition_keys": transition_keys}
-    _check(q, prefixes, slopes, 1, scale)
+    _check(q, prefixes, slopes, 1, scale, block)
     _expect("request_time", request_time, q.shape[:1])
     if recent is not None:
         _check_keys("recent", recent, q, recent.time.shape[-1])
     spec = Static(rel, 1, scale, 0, block, interpret, request_axes())
     used = [p for p in prefixes.values() if p is not None]
     module = _module(implementation, spec, q, used, recent is not None)
+    if 0 in q.shape:
+        return _in_order([q] * (len(used) + (recent is not None)), (*prefixes.values(), recent))
     out = module.candidate_branches(spec, q, used, recent, slopes, request_time)
     return _in_order(out, (*prefixes.values(), recent))
 
@@ -128,20 +134,26 @@ def _module(implementation, spec, q, prefixes, local):
         reason = IMPLEMENTATIONS[name].refusal(q, local, spec.window, spec.block)
         if reason:
             refusals.setdefault(name, reason)
-    return IMPLEMENTATIONS[choose("evo_attention", implementation, refusals, PREFERRED)]
+    slots = sum(p.time.shape[-1] for p in prefixes)
+    preferred = PREFERRED if slots <= PREFERRED_TO else {}
+    return IMPLEMENTATIONS[choose("evo_attention", implementation, refusals, preferred)]
 
 
-def _check(q, prefixes, slopes, window, scale) -> None:
+def _check(q, prefixes, slopes, window, scale, block) -> None:
     if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"evo_attention: q must be float [B, n, H, K], got {q.dtype}{q.shape}")
     if window < 1:
         raise ValueError(f"evo_attention: window must be >= 1, got {window}")
+    if block < 0:
+        raise ValueError(f"evo_attention: block must be 0 or more, got {block}")
     if scale is not None and scale <= 0:
         raise ValueError(f"evo_attention: scale must be above 0, got {scale}")
     _expect("slopes", slopes, (3, q.shape[2]))
     for name, keys in prefixes.items():
         if keys is not None:
             _check_keys(name, keys, q, keys.time.shape[-1])
+            if not keys.time.shape[-1]:
+                raise ValueError(f"evo_attention: {name} has no slot; None leaves the branch out")
 
 
 def _check_keys(of, keys, q, number) -> None:
@@ -162,9 +174,9 @@ def _check_keys(of, keys, q, number) -> None:
 
 
 def _expect(name, x, shape) -> None:
-    """The shape, and that times and positions are signed integers and masks booleans."""
+    """The shape, and that times and positions are int32 and masks booleans."""
     if tuple(x.shape) != shape:
         raise ValueError(f"evo_attention: {name} must be {list(shape)}, got {list(x.shape)}")
     kind = KINDS.get(name.split(": ")[-1])
-    if kind and not jnp.issubdtype(x.dtype, kind):
-        raise ValueError(f"evo_attention: {name} must be {kind.__name__}, got {x.dtype}")
+    if kind and x.dtype != kind:
+        raise ValueError(f"evo_attention: {name} must be {jnp.dtype(kind)}, got {x.dtype}")

@@ -9,8 +9,8 @@ the heads: pooling x instead of x W_V and projecting the S pooled rows is the sa
 S rows to project instead of L. Without `v` the rows of `k` are keys and values of all heads: x
 meets q W_Q W_K^T, and nothing of the history is projected, which pays for few candidates.
 
-No implementation keeps B C L H numbers: the XLA path (reference.py) makes a tile of them at a time,
-the kernels a block on chip. Without `v` the XLA path (pooled.py) does keep them.
+No kernel keeps B C L H numbers, but a block on chip. The XLA path (reference.py) makes a tile of
+them at a time, of one segment at least; without `v` (pooled.py) it does keep them.
 
 Axis letters: B requests, C candidates, L history length, S segments, H heads,
 Kq and Kv head widths.
@@ -53,7 +53,7 @@ def segmented_target_attention(
     tile_bytes: int = 0,
     blocks: Blocks | None = None,
 ) -> jax.Array:
-    """z of the module's equations: [B, C, S, H, Kv], S = L / segment, in q's dtype.
+    """z of the module's equations: [B, C, S, H, Kv], S = L / segment, in q's dtype; C may be 0.
 
     Args:
       q: [B, C, H, Kq] projected candidates.
@@ -77,12 +77,15 @@ def segmented_target_attention(
     refusals = dispatch.cannot_run_here(interpret, len(q)) | _refusals(q, segment, activation)
     preferred = PREFERRED if q.shape[1] >= PREFERRED_FROM else {}
     chosen = dispatch.choose(OP, implementation, refusals, preferred)
+    if 0 in q.shape[:2]:
+        heads, width = q.shape[2], (k if v is None else v).shape[3]
+        return jnp.zeros((*q.shape[:2], k.shape[1] // segment, heads, width), q.dtype)
     if chosen == "xla":
         how = dict(segment=segment, activation=activation, scale=scale)
         if v is None:
             return pooled_sums(q, k.reshape(*k.shape[:2], -1), mask, bias, **how)
         return reference.segmented(q, k, v, mask, bias, **how, tile_bytes=tile_bytes)
-    blocks = blocks or blocks_for(chosen, q.dtype, k.shape[1])
+    blocks = dispatch.checked_blocks(OP, blocks or blocks_for(chosen, q.dtype, k.shape[1]))
     static = Static(segment, activation, scale, blocks, interpret)
     return _kernel((chosen, dispatch.request_axes(), static), q, k, v, mask, bias)
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
-from kernels.softmax import masked_softmax
+from kernels.segmented_target_attention.reference import wide_einsum
+from kernels.softmax import accumulation_dtype, masked_softmax, widened
 
 FEW = 4  # queries of a request, of all heads and candidates
 
@@ -30,64 +31,68 @@ def pooled_sums(
     activation: str,
     scale: float,
 ) -> jax.Array:
-    """api.segmented_target_attention on checked arguments: q [B, C, H, d], x [B, L, d]."""
+    """api.segmented_target_attention on checked arguments: q [B, C, H, d], x [B, L, d]; scores,
+    gates and sums in float32 at least."""
     b, c, h, d = q.shape
-    q = q if scale == 1 else q * scale
-    rows = q.reshape(b, c * h, d), x, mask, jnp.tile(bias.astype(q.dtype), c)
+    rows = q.reshape(b, c * h, d), x, mask, jnp.tile(widened(bias), c)
     if activation == "sigmoid":
-        sums = _sigmoid_sums(*rows, segment)
+        sums = _sigmoid_sums(*rows, segment, scale)
     else:
-        scores = _products(rows[0], x) + rows[3][:, None]
-        gates = _gates(scores, mask[:, None], segment, activation).astype(x.dtype)
-        sums = _weighted(gates, x, segment)
+        scores = _scores(rows[0], x, rows[3], scale)
+        sums = _weighted(_gates(scores, mask[:, None], segment, activation), x, segment)
     return jnp.moveaxis(sums.reshape(b, c, h, -1, d), 2, 3)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sigmoid_sums(query, x, mask, bias, segment):
-    return _sigmoid_forward(query, x, mask, bias, segment)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _sigmoid_sums(query, x, mask, bias, segment, scale):
+    return _sigmoid_forward(query, x, mask, bias, segment, scale)[0]
 
 
-def _sigmoid_forward(query, x, mask, bias, segment):
+def _sigmoid_forward(query, x, mask, bias, segment, scale):
     """query [B, M, d], bias [M] -> [B, M, S, d]."""
-    scores = _products(query, x) + bias[:, None]
-    gates = _gates(scores, mask[:, None], segment, "sigmoid")
+    gates = _gates(_scores(query, x, bias, scale), mask[:, None], segment, "sigmoid")
     return _weighted(gates, x, segment), (query, x, gates)
 
 
-def _sigmoid_backward(segment, residuals, d_sums):
+def _sigmoid_backward(segment, scale, residuals, d_sums):
     query, x, gates = residuals
     b, m, s, d = d_sums.shape
-    d_gates = jnp.einsum("bmsd,bswd->bmsw", d_sums, x.reshape(b, s, segment, d))
+    by_segment = x.reshape(b, s, segment, d)
+    d_gates = wide_einsum("bmsd,bswd->bmsw", d_sums, by_segment, gates.dtype)
     d_scores = d_gates.reshape(gates.shape) * gates * (1 - gates)
+    d_products = d_scores if scale == 1 else d_scores * scale
     # x is keys and values at once: one pass writes its gradient, where two products would write
     # two arrays of its size and add them.
-    by_segment = [_in_segments(a, segment)[..., None] for a in (gates, d_scores)]
+    of_gates, of_products = (_in_segments(a, segment)[..., None] for a in (gates, d_products))
     d_x = sum(
-        by_segment[0][:, i] * d_sums[:, i, :, None] + by_segment[1][:, i] * query[:, i, None, None]
+        of_gates[:, i] * d_sums[:, i, :, None] + of_products[:, i] * query[:, i, None, None]
         for i in range(m)
     )
-    d_query = jnp.einsum("bml,bld->bmd", d_scores, x)
-    return d_query, d_x.reshape(x.shape), None, d_scores.sum((0, 2))
+    d_query = wide_einsum("bml,bld->bmd", d_products, x, gates.dtype)
+    d_x = d_x.reshape(x.shape).astype(x.dtype)
+    return d_query.astype(query.dtype), d_x, None, d_scores.sum((0, 2))
 
 
 _sigmoid_sums.defvjp(_sigmoid_forward, _sigmoid_backward)
 
 
-def _products(query, x):
-    """query [B, M, d], x [B, L, d] -> [B, M, L]."""
-    m = query.shape[1]
+def _scores(query, x, bias, scale):
+    """query [B, M, d], x [B, L, d], bias [M] -> [B, M, L]."""
+    m, exact = query.shape[1], accumulation_dtype(x.dtype)
     if m > FEW or dispatch.platform() != "cpu":
-        return jnp.einsum("bmd,bld->bml", query, x)
-    # A CPU packs its operands for a product of matrices, and not for one with a vector.
-    return jnp.stack([jnp.einsum("bd,bld->bl", query[:, i], x) for i in range(m)], 1)
+        products = wide_einsum("bmd,bld->bml", query, x, exact)
+    else:
+        # A CPU packs its operands for a product of matrices, and not for one with a vector.
+        products = [wide_einsum("bd,bld->bl", query[:, i], x, exact) for i in range(m)]
+        products = jnp.stack(products, 1)
+    return (products if scale == 1 else products * scale) + bias[:, None]
 
 
 def _weighted(gates, x, segment):
     """gates [B, M, L], x [B, L, d] -> sums over segments [B, M, S, d], in one pass."""
     b, length, d = x.shape
-    gates, x = _in_segments(gates, segment), x.reshape(b, 1, -1, segment, d)
-    return sum(gates[..., i, None] * x[..., i, :] for i in range(segment))
+    gates, rows = _in_segments(gates, segment), x.reshape(b, 1, -1, segment, d)
+    return sum(gates[..., i, None] * rows[..., i, :] for i in range(segment)).astype(x.dtype)
 
 
 def _gates(scores, mask, segment, activation):

@@ -43,13 +43,13 @@ def segmented(
 
     def tile(k, v, mask):
         """k [B, s, w, H, Kq], v [B, s, w, H or 1, Kv], mask [B, s, w] -> [B, C, s, H, Kv]."""
-        logits = _einsum("bchk,bswhk->bhcsw", q, k, exact)
+        logits = wide_einsum("bchk,bswhk->bhcsw", q, k, exact)
         logits = logits * scale + bias.astype(exact)[:, None, None, None]
         weights = _weights(logits, mask[:, None, None], activation).astype(v.dtype)
         if v.shape[3] == 1:
-            z = _einsum("bhcsw,bswv->bcshv", weights, v[:, :, :, 0], exact)
+            z = wide_einsum("bhcsw,bswv->bcshv", weights, v[:, :, :, 0], exact)
         else:
-            z = _einsum("bhcsw,bswhv->bcshv", weights, v, exact)
+            z = wide_einsum("bhcsw,bswhv->bcshv", weights, v, exact)
         return z.astype(v.dtype)
 
     def tiled(x):
@@ -67,7 +67,7 @@ def segmented(
     return z.reshape(batch, candidates, -1, *z.shape[4:])[:, :, :segments]
 
 
-def _einsum(axes: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def wide_einsum(axes: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """With sums in `dtype`. XLA has no such product of narrower numbers on a CPU, where they are
     widened first: the same products, the same sums."""
     if dispatch.platform() == "cpu":

@@ -68,7 +68,8 @@ def test_nothing_is_claimed_without_a_device(record, monkeypatch):
 def test_a_devices_table_says_what_was_met_missed_and_not_reached(record):
     table = report.tables([record])["gpu"]
     assert "**NVIDIA H200**, driver 580, jax 0.11.2" in table
-    assert "Checks: 1 of 2 passed; not absorbed_target_attention ragged." in table
+    says = "Checks: 1 of 2 that ran passed; not absorbed_target_attention ragged; not run: "
+    assert f"{says}segmented_target_attention late." in table
     line = next(x for x in table.splitlines() if "wide bfloat16 forward |" in x)
     assert "| 1.5 | 2.0 | **2.5** (goal 2) | 8.04 (goal 10: missed), tiled |" in line
     assert "**3** (goal 2), jax.nn cudnn |" in line
@@ -79,6 +80,9 @@ def test_a_devices_table_says_what_was_met_missed_and_not_reached(record):
     table = report.tables([of_old_kernels])["gpu"]
     assert "wide bfloat16 forward † | 1.5 |" in table
     assert "† Measured before the kernel changed: rewritten." in table
+    of_old_checks = record | {"changed": {"absorbed_target_attention": "rewritten"}}
+    table = report.tables([of_old_checks])["gpu"]
+    assert "; 1 of them were of kernels that have changed since †; not run" in table
     headline = report.tables([record])["headline"]
     assert headline.startswith("NVIDIA H200: 2.5x XLA path, 8.04x full attention with the same")
     assert report.tables([record])["blocks"].startswith(
@@ -96,7 +100,7 @@ def test_the_default_is_a_kernel_that_is_faster_everywhere_and_right(record, mon
     is_kernel, why = report.judged([record], absorbed, "NVIDIA H200")
     assert not is_kernel and "is wrong: check absorbed" in why
     table = report.tables([record])["preferred"]
-    line = "| evo_attention | {} (1.25x the XLA path at its worst: speed evo_attention wide"
+    line = "| evo_attention, up to 48 slots | {} (1.25x the XLA path at its worst: speed evo"
     assert line.format("NVIDIA H200 | pallas_gpu") in table
     assert "| xla: **to be changed** |" in table
     assert "| NVIDIA T4 | xla (not measured) | pallas_gpu: **to be changed** |" in table
@@ -122,6 +126,10 @@ def test_other_devices_failures_and_half_measurements_keep_xla(record):
     few["entries"][4]["ratios"]["xla"]["ratio"] = 0.5
     assert not report.judged([few], evo, "NVIDIA H200")[0]
     assert report.judged([few], evo, "NVIDIA H200", 2) == (False, "measured forward only")
+    many = copy.deepcopy(record)
+    many["entries"][4] |= {"shape": {"candidates": 16, "chunks": 16, "transition": 3}}
+    assert report.judged([many], evo, "NVIDIA H200", 1, 64)[0]
+    assert report.judged([many], evo, "NVIDIA H200", 1, 48) == (False, "measured forward only")
     of_old_kernels = record | {"changed": {evo: "rewritten"}}
     why = "not measured since it changed"
     assert report.judged([of_old_kernels], evo, "NVIDIA H200") == (False, why)

@@ -251,9 +251,14 @@ def cases(draw):
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @settings(max_examples=12, deadline=None)
-@given(case=cases(), seed=st.integers(0, 9), form=st.sampled_from(FORMS))
-def test_equals_the_reference_whatever_the_shape(case, seed, form, implementation):
-    arguments = draw(case, seed)
+@given(
+    case=cases(),
+    seed=st.integers(0, 9),
+    form=st.sampled_from(FORMS),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+)
+def test_equals_the_reference_whatever_the_shape(case, seed, form, dtype, implementation):
+    arguments = draw(case, seed, dtype)
     check(arguments, run(case, arguments, form, **IMPLEMENTATIONS[implementation]), form)
 
 
@@ -304,6 +309,8 @@ def test_programs_of_a_gpu(name):
     [
         (dict(form="both"), "must be one of"),
         (dict(tiling="rows"), "must be one of"),
+        (dict(slope=-1.0), "slope must be 0 or more"),
+        (dict(implementation="pallas_gpu", interpret=True, blocks=(0, 64)), "blocks must be 1 or"),
         (dict(query=np.zeros((2, 1, 5), np.float32)), "keys must be"),
         (dict(query=jnp.zeros((2, 1, 4), jnp.bfloat16)), "share a dtype"),
         (dict(implementation="pallas_gpu"), "cannot run: it runs on a gpu"),

@@ -69,6 +69,11 @@ def test_kernels_run_on_their_platform_or_interpreted():
     assert on_tpu == {"pallas_gpu": dispatch.cannot_run_here(False, 4)["pallas_gpu"].replace(
         f"the target is a {jax.default_backend()}", "the target is a tpu")}  # fmt: skip
     assert set(dispatch.cannot_run_here(False, 4)) == {"pallas_tpu", "pallas_gpu"}
+    asked = lambda: dispatch.cannot_run_here(False, 4)  # noqa: E731
+    assert "pallas_gpu" not in traced(asked, abstract("cuda", kind="NVIDIA H200"))
+    for name in ("rocm", "gpu"):  # as a topology calls itself, and a device at hand
+        of_amd = traced(asked, abstract(name, kind="AMD Instinct MI300X"))
+        assert "NVIDIA" in of_amd["pallas_gpu"]
 
 
 def test_a_mesh_that_xla_would_partition_is_refused_unless_manual():

@@ -184,9 +184,10 @@ def test_bfloat16_is_rounded_and_no_more(name, implementation):
     check(case, arguments, got)
 
 
-@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
-def test_bfloat16_of_tied_softmax_is_rounded_and_no_more(implementation):
-    case = CASES["softmax_tied"]
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["tied", "few_tied", "softmax_tied"])
+def test_bfloat16_of_tied_rows_is_rounded_and_no_more(name, implementation):
+    case = CASES[name]
     arguments = draw(case, dtype=jnp.bfloat16)
     check(case, arguments, run(case, arguments, **IMPLEMENTATIONS[implementation]))
 
@@ -259,9 +260,9 @@ def cases(draw):
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @settings(max_examples=12, deadline=None)
-@given(case=cases(), seed=st.integers(0, 9))
-def test_equals_the_reference_whatever_the_shape(case, seed, implementation):
-    arguments = draw(case, seed)
+@given(case=cases(), seed=st.integers(0, 9), dtype=st.sampled_from([jnp.float32, jnp.bfloat16]))
+def test_equals_the_reference_whatever_the_shape(case, seed, dtype, implementation):
+    arguments = draw(case, seed, dtype)
     check(case, arguments, run(case, arguments, **IMPLEMENTATIONS[implementation]))
 
 
@@ -322,6 +323,16 @@ def test_the_scale_is_of_the_products(name, implementation):
         np.testing.assert_allclose(given[each], x, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["tied", "softmax"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_candidates_give_no_sums(name, implementation):
+    case = CASES[name]
+    q, *rest, dz = draw(case)
+    got = run(case, (q[:, :0], *rest, dz[:, :0]), **IMPLEMENTATIONS[implementation])
+    assert got["z"].shape == (3, 0, *dz.shape[2:]) and got["dq"].shape == q[:, :0].shape
+    assert not np.asarray(got["dk"]).any()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -342,6 +353,7 @@ def test_the_scale_is_of_the_products(name, implementation):
         (dict(bias=np.zeros(3, np.float32)), "bias must be"),
         (dict(implementation="pallas_tpu"), "cannot run: it runs on a tpu"),
         (dict(v=None), "k must be"),
+        (dict(implementation="pallas_tpu", interpret=True, blocks=Blocks(8, 0)), "must be 1 or"),
         (
             dict(implementation="pallas_gpu", interpret=True, activation="softmax", **_rows(300)),
             "softmax takes segments of 128 rows at most, got 300",

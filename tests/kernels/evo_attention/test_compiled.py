@@ -67,6 +67,13 @@ def test_the_kernel_is_the_default_of_the_gpu_that_it_was_measured_on(kind, kern
     assert text.count("__gpu$xla.gpu.triton") == kernels
 
 
+def test_what_was_not_measured_is_no_default():
+    for name, kernels in (("sparsity_2", 3), ("sparsity_3", 0), ("sparsity_4", 0)):
+        function, arguments = calls(of_length(64, name), None)["forward"]
+        text = ahead_of_time.cuda_text(function, *arguments, device_kind="NVIDIA H200")
+        assert text.count("__gpu$xla.gpu.triton") == kernels
+
+
 @needs_tpu_compiler
 def test_no_kernel_is_a_default_on_a_tpu():
     function, arguments = calls(of_length(64)._replace(batch=1), None)["forward"]

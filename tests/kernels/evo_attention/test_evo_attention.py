@@ -167,15 +167,16 @@ def test_other_forms_of_the_bias_are_those_of_xla(way):
 
 
 @slow
-@settings(max_examples=8, derandomize=True, deadline=None)
+@pytest.mark.parametrize("way", ["xla", *KERNELS])
+@settings(max_examples=5, derandomize=True, deadline=None)
 @given(data=st.data())
-def test_any_shape(data):
-    way = data.draw(st.sampled_from(["xla", *KERNELS]))
-    block = {"xla": [64], "pallas_tpu": [128, 256], "pallas_gpu": [16, 32]}[way]
+def test_any_shape(way, data):
+    block = {"xla": [64], "pallas_tpu": [128], "pallas_gpu": [16, 32]}[way]
     block = data.draw(st.sampled_from(block))
     length = data.draw(st.integers(1, 2 * block + 5))
     check(
         way,
+        dtype=data.draw(st.sampled_from(["float32", "bfloat16"])),
         seed=data.draw(st.integers(0, 2**31)),
         valid=data.draw(st.lists(st.integers(0, length), min_size=1, max_size=3)),
         length=length,
@@ -244,6 +245,20 @@ def test_the_band_alone_has_gradients(way):
         np.testing.assert_allclose(x, y, atol=2e-6)
 
 
+@pytest.mark.parametrize("way", ["xla", *KERNELS])
+def test_no_candidates_and_no_behaviours_give_nothing(way):
+    behaviours, candidates = some()
+    implementation, interpret, _ = WAYS[way]
+    how = dict(rel=ALL, implementation=implementation, interpret=interpret)
+    out = candidate_branches(candidates[0][:, :0], *candidates[1:], **how)
+    assert [x.shape for x in out] == [(1, 0, 2, 4)] * 3
+    q, *prefixes, _, slopes, times, mask = behaviours
+    out = behaviour_branches(
+        q[:, :0], *prefixes, None, slopes, times[:, :0], mask[:, :0], window=4, **how
+    )
+    assert [x if x is None else x.shape for x in out] == [(1, 0, 2, 4)] * 2 + [None]
+
+
 def test_refusals():
     behaviours, candidates = some()
     call = functools.partial(behaviour_branches, rel=RelTemporal(), window=4)
@@ -251,8 +266,14 @@ def test_refusals():
         call(*behaviours[:3], behaviours[3]._replace(v=behaviours[3].v[:, 1:]), *behaviours[4:])
     with pytest.raises(ValueError, match="mask must be"):
         call(*behaviours[:6], behaviours[6][:, 1:])
-    with pytest.raises(ValueError, match="times must be signedinteger, got uint32"):
-        call(*behaviours[:5], behaviours[5].astype(jnp.uint32), behaviours[6])
+    for dtype in (np.uint32, np.int64, np.int16):  # the bias counts the zeros of 32 bits
+        with pytest.raises(ValueError, match=f"times must be int32, got {np.dtype(dtype)}"):
+            call(*behaviours[:5], np.asarray(behaviours[5], dtype), behaviours[6])
+    with pytest.raises(ValueError, match="global_keys has no slot; None leaves the branch out"):
+        empty = behaviours[1]._replace(**{n: x[:, :0] for n, x in behaviours[1]._asdict().items()})
+        call(behaviours[0], empty, *behaviours[2:])
+    with pytest.raises(ValueError, match="block must be 0 or more, got -16"):
+        call(*behaviours, block=-16)
     with pytest.raises(ValueError, match="slopes must be"):
         call(*behaviours[:4], behaviours[4][:2], *behaviours[5:])
     with pytest.raises(ValueError, match="user_k must be float32 as q is, got bfloat16"):
