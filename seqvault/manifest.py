@@ -15,7 +15,8 @@ from pathlib import Path
 from seqvault.errors import Damage, VaultError
 from seqvault.files import Files
 
-FORMAT, FORMAT_VERSION = "seqvault", 2
+FORMAT, FORMAT_VERSION = "seqvault", 3
+READABLE = (2, 3)  # before 3, each segment that a merge touched had a log record of its own
 MANIFEST, COPY = "MANIFEST", "MANIFEST.copy"
 BUILDING = ".building"  # the suffix of a directory that a build has not finished
 DIFFERS = "it is not a copy of the manifest"
@@ -24,7 +25,7 @@ _MAX_BYTES = 1 << 26
 
 def write_manifest(files: Files, directory: Path, fields: dict) -> None:
     """Makes `fields` the manifest of `directory`, durable and in one step."""
-    fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields}
+    fields = {**fields, "format": FORMAT, "format_version": FORMAT_VERSION}
     body = json.dumps(fields, indent=1, sort_keys=True).encode()
     data = b"%08x\n" % zlib.crc32(body) + body
     files.write_whole(directory / COPY, data)
@@ -52,10 +53,10 @@ def read_manifest(directory: Path) -> tuple[dict, list[Damage]]:
         if fields is None:
             damages.append(Damage(name, 0, "it does not match its checksum"))
             continue
-        if fields.get("format_version") != FORMAT_VERSION:
+        if fields.get("format_version") not in READABLE:
             raise VaultError(
                 f"{directory / name}: format version {fields.get('format_version')}; this library "
-                f"reads {FORMAT_VERSION}"
+                f"reads {' and '.join(map(str, READABLE))}"
             )
         return fields, damages
     if missing == 2:
