@@ -83,12 +83,19 @@ def check_copies(directory: Path) -> list[Damage]:
 
 
 def repair_copies(files: Files, directory: Path) -> None:
-    """Makes both copies what `read_manifest` reads, before files that the other names may go."""
+    """Makes both copies what `read_manifest` reads, before files that the other names may go.
+
+    And of this format, before anything is written that libraries of an older one would misread.
+    """
     found = {}
     for name in (MANIFEST, COPY):
         with contextlib.suppress(FileNotFoundError):
             found[name] = (directory / name).read_bytes()
     good = next(data for data in found.values() if _parse(data) is not None)
+    fields = _parse(good)
+    if fields["format_version"] != FORMAT_VERSION:
+        write_manifest(files, directory, fields)
+        return
     for name in (COPY, MANIFEST):
         if found.get(name) != good:
             files.write_whole(directory / name, good)

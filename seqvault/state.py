@@ -27,13 +27,7 @@ from seqvault.part import CHUNK, HEAD_MAGIC, NO_PLACE, PREFIX, TAIL_MAGIC, TRAIL
 from seqvault.part import ENTRY as CHUNK_ENTRY
 from seqvault.reading import Layout
 from seqvault.schema import Schema
-from seqvault.segments import (
-    MAX_SEGMENT,
-    Segments,
-    committed_bytes,
-    segment_number,
-    segment_path,
-)
+from seqvault.segments import MAX_SEGMENT, Segments, committed_bytes, segment_number, segment_path
 from seqvault.tail import Tail, under_schema
 from seqvault.writing import check_sizes
 

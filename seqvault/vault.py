@@ -15,13 +15,7 @@ from seqvault import log, merging, querying, reclaiming
 from seqvault.errors import VaultError
 from seqvault.files import File, Files, kill_point
 from seqvault.lock import LOCK, WriterLock
-from seqvault.manifest import (
-    FORMAT_VERSION,
-    manifest_stamp,
-    read_manifest,
-    repair_copies,
-    write_manifest,
-)
+from seqvault.manifest import manifest_stamp, read_manifest, repair_copies, write_manifest
 from seqvault.querying import one_user, user_ids
 from seqvault.reader import Reader
 from seqvault.schema import DEFAULT, TIME, Schema, check_evolution, checked_columns
@@ -159,8 +153,6 @@ class Vault(Reader):
             state = State(path)
             undo.callback(state.close)
             repair_copies(files, path)  # a copy of another checkpoint names files that are to go
-            if state.manifest["format_version"] != FORMAT_VERSION:  # older libraries must not read
-                write_manifest(files, path, state.manifest)  # what this one is going to write
             vault = cls(path, state, files, lock)
             undo.callback(vault._close_files)
             vault._take_over()
