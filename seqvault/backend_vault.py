@@ -228,7 +228,7 @@ class BackendVault:
         """
         users = user_ids(users)
         who, which = np.unique(users, return_inverse=True)
-        keys = [self._key(user, stream) for user in who.tolist()]
+        keys = self._keys(who, stream)
         *newest, schemas = self._backend.get_blocks([*keys, self._schemas_key])
         if schemas is not None:
             self._adopt(schemas)  # or an older release would drop the columns it does not know
@@ -332,7 +332,13 @@ class BackendVault:
         return f"{self._name}/{stream}/{user}"
 
     def _newest(self, users: np.ndarray, stream: str) -> list[bytes | None]:
-        return self._backend.get_blocks([self._key(u, stream) for u in users.tolist()])
+        return self._backend.get_blocks(self._keys(users, stream))
+
+    def _keys(self, users: np.ndarray, stream: str) -> list[str]:
+        """Where the newest parts lie. Raises VaultError if other parts might lie there too."""
+        if "/" in stream:
+            raise VaultError(f"stream {stream!r}: a backend's keys allow no '/' in its name")
+        return [self._key(user, stream) for user in users.tolist()]
 
     def close(self) -> None:
         """Nothing to release: the client is the caller's."""

@@ -170,6 +170,19 @@ def test_what_a_damaged_newest_part_claims_is_never_a_length():
     assert vault.lengths([2], stream="nobody appended to it").tolist() == [0]
 
 
+def test_a_stream_whose_keys_would_be_anothers_is_refused():
+    """User 5 of the stream "ads/1" would have the key of a part of user 1 of "ads"."""
+    vault = BackendVault(Memory(), SCHEMA, "shop")
+    row = {"time": 1, "item": 1, "kind": 2, "seen": True, "weight": 0.5}
+    for call in (
+        lambda: vault.append(5, row, stream="ads/1"),
+        lambda: vault.last_n([5], 1, stream="ads/1"),
+        lambda: vault.lengths([5], stream="ads/1"),
+    ):
+        with pytest.raises(seqvault.VaultError, match="stream 'ads/1'"):
+            call()
+
+
 class FullRedis:
     """What RedisBackend needs of a client. All commands of a pipeline are sent, whatever fails."""
 

@@ -121,14 +121,18 @@ def test_every_flipped_bit_of_a_part_is_found():
 
 def hostile(rng):
     """A part with wrong bytes under right checksums: only its structure can give it away."""
-    buf, end = encoded(columns(rng, int(rng.choice([3, 40, ROWS]))))
+    rows = int(rng.choice([3, 40, ROWS]))
+    buf, end = encoded(columns(rng, rows))
     chunks = int(bits.load32(buf, end - 24))
     footer = int(bits.load32(buf, end - 20))
     entry = end - part.TRAILER - chunks * part.ENTRY
-    begins = [part.PREFIX, *(int(bits.load32(buf, entry + k * part.ENTRY)) for k in range(chunks))]
+    heads, at = [], part.PREFIX  # of packed columns: few bytes, and most of the structure
+    for k in range(chunks):
+        for _ in SCHEMA.stored:
+            heads.append(at)
+            at = unpacking._column_end(buf, at, end, min(part.CHUNK, rows - k * part.CHUNK))
     for _ in range(3):
-        # Half of them in the head of a chunk's first column: few bytes, and most of the structure.
-        at = rng.choice(begins) + rng.integers(4) if rng.random() < 0.5 else rng.integers(end - 8)
+        at = rng.choice(heads) + rng.integers(4) if rng.random() < 0.7 else rng.integers(end - 8)
         buf[at] = rng.integers(256)
     begin = part.PREFIX
     for k in range(chunks):
