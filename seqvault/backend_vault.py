@@ -59,9 +59,10 @@ class BackendVault:
     """Reads as `Vault` does, without a local index; appends rewrite the newest part at once.
 
     There is no log and no fresh tail here, so append in batches. One writer per user at a time.
-    Older parts are written before the newest one that names them, and what nobody names any more
-    is deleted after that: readers see a user's history before an append or after it, and a writer
-    that dies in between leaves one of the two (and maybe blocks that nobody names).
+    Older parts are stored before the newest one that names them is sent, and what nobody names any
+    more is deleted after that: readers see a user's history before an append or after it, and a
+    writer that dies in between leaves one of the two (and maybe blocks that nobody names). There is
+    no list of streams: one that nobody has appended to reads as empty.
 
     Attributes:
       schema: the newest that this process has met.
@@ -113,9 +114,9 @@ class BackendVault:
 
         def ask() -> dict[str, np.ndarray]:
             blocks = self._newest(users, stream)
-            limits = _lengths(blocks)
+            limits = _claimed(blocks)
             if end is not None:
-                limits = checked_ends(users, limits, end)
+                limits = checked_ends(users, self._lengths(users, blocks, stream), end)
             befores = times_of(before, users) if before is not None else None
             found = self._read(names, users, blocks, limits, befores, n, stream)
             out = {name: values.reshape(len(users), n) for name, values in found.columns.items()}
@@ -125,7 +126,8 @@ class BackendVault:
 
     def lengths(self, users: np.ndarray, *, stream: str = DEFAULT) -> np.ndarray:
         """See Vault.lengths."""
-        return _lengths(self._newest(user_ids(users), stream))
+        users = user_ids(users)
+        return self._answered(lambda: self._lengths(users, self._newest(users, stream), stream))
 
     def resolve(
         self, users: np.ndarray, before_time: np.ndarray, *, stream: str = DEFAULT
@@ -136,7 +138,7 @@ class BackendVault:
 
         def ask() -> np.ndarray:
             blocks = self._newest(users, stream)
-            return self._read((), users, blocks, _lengths(blocks), before, 0, stream).reached
+            return self._read((), users, blocks, _claimed(blocks), before, 0, stream).reached
 
         return self._answered(ask)
 
@@ -152,6 +154,10 @@ class BackendVault:
                 if block is None or not self._adopt(block):
                     raise
         raise missing
+
+    def _lengths(self, users, blocks, stream) -> np.ndarray:
+        """[B] behaviours of users whose newest blocks are `blocks`, which are checked."""
+        return self._read((), users, blocks, _claimed(blocks), None, 0, stream).reached
 
     def _read(self, names, users, blocks, limits, befores, n, stream) -> Read:
         """The last `n` rows of users whose newest blocks are `blocks`, in columns [B * n]."""
@@ -222,41 +228,45 @@ class BackendVault:
         """
         users = user_ids(users)
         who, which = np.unique(users, return_inverse=True)
-        keys = [self._key(user, stream) for user in who.tolist()]
+        keys = self._keys(who, stream)
         *newest, schemas = self._backend.get_blocks([*keys, self._schemas_key])
         if schemas is not None:
             self._adopt(schemas)  # or an older release would drop the columns it does not know
         columns = checked_columns(self.schema, users, behaviours)
+        lengths = self._lengths(who, newest, stream).tolist()
         older, newer, stale, done = {}, {}, [], 0
         for i, (user, block) in enumerate(zip(who.tolist(), newest, strict=True)):
             mine = which == i
             rows = {name: values[mine] for name, values in columns.items()}
             if self.schema.event_id:
-                rows = self._new_events(user, block, rows, stream)
+                rows = self._new_events(user, block, lengths[i], rows, stream)
             if len(rows[TIME]):
-                parts, unnamed = self._rewritten(user, block, rows, stream)
+                parts, unnamed = self._rewritten(user, block, lengths[i], rows, stream)
                 *before, (_, newer[keys[i]]) = parts
                 older |= {f"{keys[i]}/{number}": part for number, part in before}
                 stale += unnamed
                 done += len(rows[TIME])
-        self._backend.put_blocks(older | newer)
+        if older:  # all of them are there, or this raises, before a newest part names one
+            self._backend.put_blocks(older)
+        self._backend.put_blocks(newer)
         self._backend.delete_blocks(stale)
         return done
 
-    def _new_events(self, user: int, block: bytes | None, rows: dict, stream: str) -> dict:
+    def _new_events(
+        self, user: int, block: bytes | None, length: int, rows: dict, stream: str
+    ) -> dict:
         """The rows whose event id is new to the user; of equal ones the first."""
-        name, length = self.schema.event_id, _lengths([block])
-        one = np.array([user])
-        found = self._read((name,), one, [block], length, None, int(length[0]), stream)
+        name, one = self.schema.event_id, np.array([user])
+        found = self._read((name,), one, [block], np.array([length]), None, length, stream)
         new = first_unknown(rows[name], found.columns[name])
         return {name: values[new] for name, values in rows.items()}
 
     def _rewritten(
-        self, user: int, block: bytes | None, rows: dict, stream: str
+        self, user: int, block: bytes | None, before: int, rows: dict, stream: str
     ) -> tuple[list[tuple[int, bytes]], list[str]]:
         """([(number, part)] to be written, the newest last, [key] of what is then unnamed)."""
-        one, length = np.array([user]), _lengths([block])
-        before, after = int(length[0]), int(length[0]) + len(rows[TIME])
+        one, length = np.array([user]), np.array([before])
+        after = before + len(rows[TIME])
         kept = kept_rows(before, after, self._block_rows)
         found = self._read(None, one, [block], length, None, before - kept, stream)
         if kept and (found.first[0] != kept or rows[TIME].min() < found.columns[TIME][0]):
@@ -322,20 +332,26 @@ class BackendVault:
         return f"{self._name}/{stream}/{user}"
 
     def _newest(self, users: np.ndarray, stream: str) -> list[bytes | None]:
-        return self._backend.get_blocks([self._key(u, stream) for u in users.tolist()])
+        return self._backend.get_blocks(self._keys(users, stream))
+
+    def _keys(self, users: np.ndarray, stream: str) -> list[str]:
+        """Where the newest parts lie. Raises VaultError if other parts might lie there too."""
+        if "/" in stream:
+            raise VaultError(f"stream {stream!r}: a backend's keys allow no '/' in its name")
+        return [self._key(user, stream) for user in users.tolist()]
 
     def close(self) -> None:
         """Nothing to release: the client is the caller's."""
 
 
 def _counts(block: bytes) -> tuple[int, int, int]:
-    """(previous, first row, rows) as a part's trailer has them; reads check these."""
+    """(previous, first row, rows) as a part's trailer has them, unchecked."""
     previous, _, first, rows = _COUNTS.unpack_from(block, len(block) - TRAILER + 8)
     return previous, first, rows
 
 
-def _lengths(blocks: Sequence[bytes | None]) -> np.ndarray:
-    """Behaviours of each user, from the trailers of their newest parts."""
+def _claimed(blocks: Sequence[bytes | None]) -> np.ndarray:
+    """[B] behaviours that the trailers of newest parts claim: for reads, which check them."""
     whole = [block is not None and len(block) >= PREFIX + TRAILER for block in blocks]
     counts = [_counts(b)[1:] if w else (0, 0) for b, w in zip(blocks, whole, strict=True)]
     return np.array(counts, np.int64).reshape(-1, 2).sum(1)

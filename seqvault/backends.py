@@ -21,7 +21,7 @@ class Backend(Protocol):
         """The blocks under `keys`, None for one that is not there; one round trip if it can."""
 
     def put_blocks(self, blocks: Mapping[str, bytes]) -> None:
-        """Stores blocks, in the mapping's order; each one is replaced whole."""
+        """Stores blocks, each replaced whole; if it raises, any of them may be stored."""
 
     def delete_blocks(self, keys: Sequence[str]) -> None:
         """Removes blocks; a key that is not there is no error."""
@@ -35,7 +35,7 @@ class DirectoryBackend:
 
     def __init__(self, path: Path):
         self._path, self._files = Path(path), Files()
-        self._path.mkdir(parents=True, exist_ok=True)
+        self._files.make_directory(self._path)
 
     def get_blocks(self, keys: Sequence[str]) -> list[bytes | None]:
         blocks: list[bytes | None] = []

@@ -22,7 +22,8 @@ def user_runs(
         `user` (not decreasing) and `time` (seconds, not decreasing within a user).
     Raises:
       VaultError: a block lacks a column or has a wrong type; a value does not fit its column;
-        users are not sorted or times decrease. The message names user, position and value.
+        users are not sorted or times decrease. The message names user, position and value, and
+        `row` is that of the input.
     """
     carry: dict[str, np.ndarray] | None = None
     row = 0  # of the input, where the carried rows start
@@ -46,15 +47,20 @@ def user_runs(
         yield users[:1], np.array([0, len(users)]), carry
 
 
-def check_event_ids(users: np.ndarray, edges: np.ndarray, ids: np.ndarray) -> None:
-    """Raises VaultError if a user has an event id twice: a bulk load drops nothing."""
+def check_event_ids(users: np.ndarray, edges: np.ndarray, ids: np.ndarray, row: int) -> None:
+    """Raises VaultError if a user has an event id twice: a bulk load drops nothing.
+
+    `row` is that of the input where `ids` start.
+    """
     owners = np.repeat(np.arange(len(users)), np.diff(edges))
     order = np.lexsort([ids, owners])
     ids, owners = ids[order], owners[order]
     twice = (ids[1:] == ids[:-1]) & (owners[1:] == owners[:-1])
     if twice.any():
         i = int(twice.argmax())
-        raise VaultError(f"user {users[owners[i]]} has the event id {ids[i]} twice")
+        raise VaultError(f"user {users[owners[i]]} has the event id {ids[i]} twice").at_row(
+            row + int(order[i + 1])
+        )
 
 
 def _checked(block: Mapping[str, np.ndarray], schema: Schema, row: int) -> dict[str, np.ndarray]:
@@ -63,7 +69,7 @@ def _checked(block: Mapping[str, np.ndarray], schema: Schema, row: int) -> dict[
     if set(block) != set(wanted):
         raise VaultError(
             f"block at row {row} has columns {sorted(block)}, the schema wants {sorted(wanted)}"
-        )
+        ).at_row(row)
     columns = {}
     for name, dtype in wanted.items():
         values = np.asarray(block[name])
@@ -71,13 +77,13 @@ def _checked(block: Mapping[str, np.ndarray], schema: Schema, row: int) -> dict[
             raise VaultError(
                 f"block at row {row}: column {name!r} has shape {values.shape}, "
                 f"user has {np.shape(block[USER])}"
-            )
+            ).at_row(row)
         try:
             check_values(name, values, dtype)
         except VaultError as error:
-            at = getattr(error, "row", None)
+            at = error.row
             where = f"block at row {row}" if at is None else _where(block[USER], at, row)
-            raise VaultError(f"{where}: {error}") from None
+            raise VaultError(f"{where}: {error}").at_row(row + (at or 0)) from None
         columns[name] = values.astype(dtype, copy=False)
     return columns
 
@@ -95,11 +101,11 @@ def _check_order(block: Mapping[str, np.ndarray], row: int) -> None:
         raise VaultError(
             f"{_where(users, i, row)}: users must be sorted, but user {users[i]} comes after user "
             f"{users[i - 1]}"
-        )
+        ).at_row(row + i)
     bad = (users[1:] == users[:-1]) & (times[1:] < times[:-1])
     if bad.any():
         i = int(bad.argmax()) + 1
         raise VaultError(
             f"{_where(users, i, row)}: times must not decrease, but time {times[i]} comes after "
             f"{times[i - 1]}"
-        )
+        ).at_row(row + i)

@@ -20,7 +20,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -153,20 +153,53 @@ def _load(options: argparse.Namespace) -> int:
         if options.event_id not in (None, vault.schema.event_id):
             raise VaultError(f"{options.path} has another event id: {vault.schema.event_id}")
         names = (USER, *vault.schema.stored)
-        blocks = (block for file in options.files for block in _blocks(file, names))
+        if options.stream not in vault.streams:
+            raise VaultError(f"{options.path} has other streams: {list(vault.streams)}")
+        begins: list[tuple[int, Path]] = []
+        blocks = _all_blocks(options.files, names, begins)
         start = time.perf_counter()
+        try:
+            if options.append:
+                rows = _append(vault, blocks, options.stream)
+            else:
+                rows = vault.bulk_load(blocks, stream=options.stream)
+        except VaultError as error:
+            if error.row is None:
+                raise
+            first, file = [begin for begin in begins if begin[0] <= error.row][-1]
+            raise VaultError(f"{file}, row {error.row - first}: {error}") from None
         if options.append:
-            rows = 0
-            for block in blocks:
-                users = block.pop(USER)
-                rows += vault.append_many(users, block, stream=options.stream)
             vault.merge()
             vault.checkpoint()
-        else:
-            rows = vault.bulk_load(blocks, stream=options.stream)
     seconds = time.perf_counter() - start
     print(f"{rows} behaviours in {seconds:.1f} s, {rows / max(seconds, 1e-9):,.0f} per second")
     return 0
+
+
+def _append(vault: Vault, blocks: Iterable[dict[str, np.ndarray]], stream: str) -> int:
+    """Appends block after block; an error has the row of the input where it stopped."""
+    rows = done = 0
+    for block in blocks:
+        users = block.pop(USER)
+        try:
+            done += vault.append_many(users, block, stream=stream)
+        except VaultError as error:
+            what = str(error).removeprefix(f"row {error.row}, ")  # of the block
+            raise VaultError(what).at_row(rows + (error.row or 0)) from error
+        rows += len(users)
+    return done
+
+
+def _all_blocks(
+    files: Sequence[Path], names: tuple[str, ...], begins: list[tuple[int, Path]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """The blocks of all files; `begins` gets the row of the input where each begins."""
+    rows = 0
+    for file in files:
+        begins.append((rows, file))
+        for block in _blocks(file, names):
+            yield {**block}
+            rows += len(block[TIME])
 
 
 def _blocks(file: Path, names: tuple[str, ...]) -> Iterator[Mapping[str, np.ndarray]]:
@@ -202,6 +235,9 @@ def _arrays(file: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     for name, values in columns.items():
         if values.ndim != 1:
             raise VaultError(f"{file}: column {name!r} has shape {values.shape}")
+    if len({len(values) for values in columns.values()}) > 1:
+        lengths = {name: len(values) for name, values in columns.items()}
+        raise VaultError(f"{file}: columns of different lengths, {lengths}")
     return columns
 
 

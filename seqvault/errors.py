@@ -6,7 +6,18 @@ import dataclasses
 
 
 class VaultError(Exception):
-    """A vault, a snapshot or a request that cannot be served; the message names what and where."""
+    """A vault, a snapshot or a request that cannot be served; the message names what and where.
+
+    Attributes:
+      row: of the input that is at fault, if one is.
+    """
+
+    row: int | None = None
+
+    def at_row(self, row: int) -> VaultError:
+        """The error itself, with `row`."""
+        self.row = row
+        return self
 
 
 class DamagedError(VaultError):

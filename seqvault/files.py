@@ -47,7 +47,8 @@ class File:
 
         Raises:
           OSError: the disk is full or fails; what was written in part is cut off again, or `size`
-            counts it, if even that fails.
+            counts it, if even that fails. Any other error (an interrupt) leaves what was written,
+            which may be all of it and may have been read; `size` counts that too.
         """
         offset, view = self.size, memoryview(data)
         try:
@@ -59,6 +60,9 @@ class File:
                 os.ftruncate(self.fd, offset)
             except OSError:
                 self.size = os.fstat(self.fd).st_size
+            raise
+        except BaseException:
+            self.size = os.fstat(self.fd).st_size
             raise
         self.size = offset + len(view)
         return offset
@@ -95,6 +99,13 @@ class Files:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+    def make_directory(self, path: Path) -> None:
+        """Makes `path` and the directories above that are not there; all survive a power loss."""
+        new = [made for made in (path, *path.parents) if not made.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for made in new:
+            self.sync_directory(made.parent)
 
     def write_whole(self, path: Path, data: bytes) -> None:
         """Puts a file of exactly `data` at `path`, durable, in one step: the old one or the new."""

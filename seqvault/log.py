@@ -3,7 +3,8 @@
     header   magic, kind, flags, bytes of the payload, bytes of it unpacked, checksum of the
              payload, checksum of the header                                          24 bytes
     payload  of APPEND: stream, schema version, rows, users, then every column
-             of MERGE: stream, entries (index.py's, tail 0), segment, its committed bytes
+             of MERGE: stream, further segments, how many entries, a segment and its committed
+             bytes, the further ones and theirs, entries (index.py's, tail 0)
 
 The log is the order of everything that happened since the last checkpoint: replaying it on the
 checkpoint gives the state. A record that the file's end cuts off was never acknowledged: it is
@@ -31,7 +32,8 @@ _ZSTD = 1
 _PACK_FROM = 4096  # bytes; smaller payloads are logged as they are
 _HEADER = struct.Struct("<4sBBHIIII")
 _BODY = struct.Struct("<HHI")
-_COMMIT = struct.Struct("<HHIQQ")
+_COMMIT = struct.Struct("<HHI")
+_COMMITTED = struct.Struct("<QQ")
 MAX_PAYLOAD = 1 << 30
 MAX_RATIO = 100  # a record that claims to unpack to more is refused: it could ask for any memory
 
@@ -181,17 +183,27 @@ def parse_append(
     return stream, users, columns
 
 
-def merge_payload(stream: int, entries: np.ndarray, segment: int, size: int) -> bytes:
-    """The payload of a MERGE: the new entries (dtype ENTRY), and a segment's committed bytes."""
-    return _COMMIT.pack(stream, 0, len(entries), segment, size) + entries.tobytes()
+def merge_payload(stream: int, entries: np.ndarray, sizes: Mapping[int, int]) -> bytes:
+    """The payload of a MERGE: new entries (dtype ENTRY), and {segment: its committed bytes}.
+
+    One record for all of it: a part of a merge that went missing would be worse than the whole.
+    """
+    head = _COMMIT.pack(stream, len(sizes) - 1, len(entries))
+    return head + b"".join(_COMMITTED.pack(*pair) for pair in sizes.items()) + entries.tobytes()
 
 
-def parse_merge(payload: bytes) -> tuple[int, np.ndarray, int, int]:
-    """(stream, entries, segment, its committed bytes) of a MERGE."""
-    stream, _, count, segment, size = _fixed(_COMMIT, payload)
-    if len(payload) != _COMMIT.size + count * ENTRY.itemsize:
+def parse_merge(payload: bytes) -> tuple[int, np.ndarray, dict[int, int]]:
+    """(stream, entries, {segment: its committed bytes}) of a MERGE.
+
+    Raises:
+      VaultError: the payload is not one.
+    """
+    stream, further, count = _fixed(_COMMIT, payload)
+    at = _COMMIT.size + (1 + further) * _COMMITTED.size
+    if len(payload) != at + count * ENTRY.itemsize:
         raise VaultError(f"a merge of {count} users has {len(payload)} bytes")
-    return stream, np.frombuffer(payload, ENTRY, count, _COMMIT.size), segment, size
+    sizes = dict(_COMMITTED.iter_unpack(payload[_COMMIT.size : at]))
+    return stream, np.frombuffer(payload, ENTRY, count, at), sizes
 
 
 def _fixed(layout: struct.Struct, payload: bytes) -> Iterator[int]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from seqvault.errors import Damage, VaultError
 from seqvault.files import Files
 
-FORMAT, FORMAT_VERSION = "seqvault", 2
+FORMAT, FORMAT_VERSION = "seqvault", 3
+READABLE = (2, 3)  # before 3, each segment that a merge touched had a log record of its own
 MANIFEST, COPY = "MANIFEST", "MANIFEST.copy"
 BUILDING = ".building"  # the suffix of a directory that a build has not finished
 DIFFERS = "it is not a copy of the manifest"
@@ -24,7 +25,7 @@ _MAX_BYTES = 1 << 26
 
 def write_manifest(files: Files, directory: Path, fields: dict) -> None:
     """Makes `fields` the manifest of `directory`, durable and in one step."""
-    fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields}
+    fields = {**fields, "format": FORMAT, "format_version": FORMAT_VERSION}
     body = json.dumps(fields, indent=1, sort_keys=True).encode()
     data = b"%08x\n" % zlib.crc32(body) + body
     files.write_whole(directory / COPY, data)
@@ -52,10 +53,10 @@ def read_manifest(directory: Path) -> tuple[dict, list[Damage]]:
         if fields is None:
             damages.append(Damage(name, 0, "it does not match its checksum"))
             continue
-        if fields.get("format_version") != FORMAT_VERSION:
+        if fields.get("format_version") not in READABLE:
             raise VaultError(
                 f"{directory / name}: format version {fields.get('format_version')}; this library "
-                f"reads {FORMAT_VERSION}"
+                f"reads {' and '.join(map(str, READABLE))}"
             )
         return fields, damages
     if missing == 2:
@@ -82,12 +83,19 @@ def check_copies(directory: Path) -> list[Damage]:
 
 
 def repair_copies(files: Files, directory: Path) -> None:
-    """Makes both copies what `read_manifest` reads, before files that the other names may go."""
+    """Makes both copies what `read_manifest` reads, before files that the other names may go.
+
+    And of this format, before anything is written that libraries of an older one would misread.
+    """
     found = {}
     for name in (MANIFEST, COPY):
         with contextlib.suppress(FileNotFoundError):
             found[name] = (directory / name).read_bytes()
     good = next(data for data in found.values() if _parse(data) is not None)
+    fields = _parse(good)
+    if fields["format_version"] != FORMAT_VERSION:
+        write_manifest(files, directory, fields)
+        return
     for name in (COPY, MANIFEST):
         if found.get(name) != good:
             files.write_whole(directory / name, good)

@@ -1,10 +1,10 @@
-"""The writer's housekeeping: merging tails, reclaiming space, checkpoints, bulk loads."""
+"""The writer's housekeeping: merging tails, checkpoints, bulk loads."""
 
 from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,14 +13,13 @@ from seqvault import log, querying
 from seqvault.bulk import check_event_ids, user_runs
 from seqvault.errors import DamagedError, MissingError, VaultError
 from seqvault.files import kill_point
-from seqvault.index import ENTRY, Index, place_of
+from seqvault.index import ENTRY, Index
 from seqvault.manifest import write_manifest
-from seqvault.part import NEVER, NO_PLACE
+from seqvault.part import NO_PLACE
 from seqvault.reading import Found
 from seqvault.schema import TIME, Schema, words_of
-from seqvault.segments import segment_number, segment_path
-from seqvault.state import State, Stream, index_bytes, walk
-from seqvault.verification import check_segment
+from seqvault.segments import segment_number
+from seqvault.state import State, Stream, index_bytes
 from seqvault.writing import kept_rows
 
 if TYPE_CHECKING:
@@ -50,14 +49,14 @@ def merge(vault: Vault, budget: int | None, min_rows: int) -> int:
             if budget is not None and parts.written - before >= budget:
                 break
             users = entries["user"][order[start : start + GROUP]].copy()
-            damaged |= _commit(vault, number, users)
+            damaged |= commit(vault, number, users)
     if checkpoint_is_due(state):
         checkpoint(vault)
-    _complain(damaged, "merged")
+    complain(damaged, "merged")
     return parts.written - before
 
 
-def _complain(damaged: set[int], done: str) -> None:
+def complain(damaged: set[int], done: str) -> None:
     """Raises DamagedError if there are users whose damaged histories were left as they are."""
     if damaged:
         users = sorted(damaged)
@@ -69,7 +68,7 @@ def _complain(damaged: set[int], done: str) -> None:
         )
 
 
-def _commit(
+def commit(
     vault: Vault, stream: int, users: np.ndarray, moved: np.ndarray | None = None
 ) -> set[int]:
     """Writes new parts of `users` and commits them; the users left out, as theirs are damaged.
@@ -86,32 +85,38 @@ def _commit(
         parts.flush()
         kill_point("during_merge")
         parts.sync()
-        touched = sorted(parts.sizes.items())
-        record = b"".join(
-            log.frame(log.MERGE, log.merge_payload(stream, merged[:0], s, b))
-            for s, b in touched[:-1]
-        ) + log.frame(log.MERGE, log.merge_payload(stream, merged, *touched[-1]))
-        vault._logged(record, sync=False)
-    except OSError as error:
+        touched = dict(parts.sizes)
+        record = log.frame(log.MERGE, log.merge_payload(stream, merged, touched))
+    except BaseException as error:
         _cut(vault, segment, size)
-        raise VaultError(f"{vault.path}: {error.strerror}; nothing was merged") from error
-    except VaultError:
-        _cut(vault, segment, size)
+        if isinstance(error, OSError):
+            raise VaultError(f"{vault.path}: {error.strerror}; nothing was merged") from error
         raise
-    parts.sizes = {parts.segment: parts.size}
-    with vault._mutex:
+
+    def take() -> None:
         state.committed.update(touched)
         state.streams[stream].commit(merged)
         state.open_segments()
+
+    try:
+        vault._logged(record, False, take)
+    except VaultError:  # and after nothing else: whoever reads the log may have the record
+        if not vault._broken:
+            _cut(vault, segment, size)
+        raise
+    parts.sizes = {parts.segment: parts.size}
     return damaged
 
 
 def _cut(vault: Vault, segment: int, size: int) -> None:
     """Cuts off parts that nothing will name; a writer that cannot must not write behind them."""
+    vault._broken = f"segment {segment} was not cut"
     try:
         vault._parts.cut(segment, size)
     except OSError as error:
         vault._broken = f"segment {segment} cannot be cut ({error.strerror})"
+    else:
+        vault._broken = None
 
 
 def _rewrite(
@@ -151,102 +156,6 @@ def _is_late(one: querying.Looked, found: Found) -> bool:
     """Whether a fresh row of the one user may belong before the rows found."""
     fresh = one.fresh.get(TIME, ())
     return len(fresh) > 0 and fresh[0] <= found.columns[TIME][0]
-
-
-def reclaim(vault: Vault, budget: int | None, dead: float) -> int:
-    """See Vault.reclaim."""
-    state, parts = vault._state, vault._parts
-    before = parts.written
-    living, damaged = _mostly_dead(vault, dead)
-    # Parts of a user older than the oldest one that must go stay where they are, and who has left
-    # one of the segments has left them all.
-    oldest = {}
-    for number in sorted({number for found in living.values() for number in found}):
-        some = [found[number] for found in living.values() if number in found]
-        users, which = np.unique(np.concatenate([u for u, _ in some]), return_inverse=True)
-        first = np.full(len(users), NEVER)
-        np.minimum.at(first, which, np.concatenate([f for _, f in some]))
-        oldest[number] = users, first, np.zeros(len(users), bool)
-    emptied: set[int] = set()
-    for segment, found in living.items():
-        done = True
-        for number, (owners, _) in found.items():
-            users, first, gone = oldest[number]
-            at = np.searchsorted(users, owners)
-            at = at[~gone[at]]
-            for start in range(0, len(at), GROUP):
-                if budget is not None and parts.written - before >= budget:
-                    done = False
-                    break
-                some = at[start : start + GROUP]
-                hurt = _commit(vault, number, users[some], first[some])
-                gone[some] = ~np.isin(users[some], list(hurt))
-                damaged |= hurt
-                done &= not hurt
-        if done:
-            emptied.add(segment)
-    if emptied:
-        with vault._mutex:
-            for segment in emptied:
-                del state.committed[segment]
-        checkpoint(vault)
-    _complain(damaged, "moved")
-    return parts.written - before
-
-
-def _mostly_dead(
-    vault: Vault, dead: float
-) -> tuple[dict[int, dict[int, tuple[np.ndarray, np.ndarray]]], set[int]]:
-    """({segment that is dead by more than `dead`: {stream: (users with a living part there, the
-    first row of each one's oldest)}}, users whose damaged histories keep a segment).
-
-    A segment with a damaged part is none: what cannot be read may be alive.
-    """
-    state = vault._state
-    closed = {s: b for s, b in state.committed.items() if b and s != vault._parts.segment}
-    out, damaged = {}, set()
-    for segment, size in sorted(closed.items()):
-        written: dict[int, dict[tuple[int, int], int]] = {}  # {stream: {(user, place): bytes}}
-        path, problems = segment_path(vault.path, segment), []
-        for info in walk(path, size, problems):
-            at = info.user, int(place_of(segment, info.offset))
-            written.setdefault(info.stream, {})[at] = info.bytes
-        held, found, hurt = 0, {}, set()
-        for number, parts in written.items():
-            oldest: dict[int, int] = {}
-            users = np.unique(np.array([user for user, _ in parts], np.int64))
-            for user, place, first in _chains(state, number, users, hurt):
-                if (user, place) in parts:
-                    held += parts[user, place]
-                    oldest[user] = min(first, oldest.get(user, first))
-            found[number] = np.array(sorted(oldest.items()), np.int64).reshape(-1, 2).T
-        damaged |= hurt
-        if hurt or problems or 1 - held / size <= dead:
-            continue
-        if not check_segment(path, size):
-            out[segment] = found
-    return out, damaged
-
-
-def _chains(
-    state: State, number: int, users: np.ndarray, damaged: set[int]
-) -> Iterator[tuple[int, int, int]]:
-    """(user, place, first row) of every part of `users`; adds to `damaged` whose cannot be read."""
-    looked = querying.look_up(state, number, users, ())
-    at = np.flatnonzero(looked.places >= 0)
-    while len(at):
-        looked, users = looked.part(at), users[at]
-        none = np.zeros(len(users), np.int64)
-        try:
-            found = looked.read(users, looked.rows, None, none, none, 0, follow=False)
-        except (DamagedError, MissingError) as error:
-            damaged.update(error.users)
-            at = np.flatnonzero(~np.isin(users, error.users))
-            continue
-        yield from zip(users.tolist(), looked.places.tolist(), found.first.tolist(), strict=True)
-        held = np.stack([found.previous, found.previous_bytes, looked.rows])
-        looked = looked._replace(held=held)
-        at = np.flatnonzero(looked.places >= 0)
 
 
 def checkpoint_is_due(state: State) -> bool:
@@ -370,9 +279,11 @@ def bulk_load(vault: Vault, blocks: Iterable[Mapping[str, np.ndarray]], number: 
         for users, edges, columns in user_runs(blocks, state.schema):
             known = stream.index.find(users)
             if (known >= 0).any():
-                raise VaultError(f"user {users[(known >= 0).argmax()]} is in the stream already")
+                i = int((known >= 0).argmax())
+                error = VaultError(f"user {users[i]} is in the stream already")
+                raise error.at_row(rows + int(edges[i]))
             if state.schema.event_id:
-                check_event_ids(users, edges, columns[state.schema.event_id])
+                check_event_ids(users, edges, columns[state.schema.event_id], rows)
             words = words_of(columns, state.schema)
             new = np.zeros(len(users), ENTRY)
             for i, user in enumerate(users.tolist()):
@@ -384,11 +295,10 @@ def bulk_load(vault: Vault, blocks: Iterable[Mapping[str, np.ndarray]], number: 
             entries.append(new)
             rows += words.shape[1]
         parts.sync()
-    except OSError as error:
+    except BaseException as error:
         _cut(vault, segment, size)
-        raise VaultError(f"{vault.path}: {error.strerror}; nothing was loaded") from error
-    except BaseException:
-        _cut(vault, segment, size)
+        if isinstance(error, OSError):
+            raise VaultError(f"{vault.path}: {error.strerror}; nothing was loaded") from error
         raise
     if rows:
         streams = list(state.streams)

@@ -257,9 +257,11 @@ def times_of(before: np.ndarray, users: np.ndarray) -> np.ndarray:
     """`before` as [B] int64: of seconds that are not whole the next, as times are whole.
 
     Raises:
-      VaultError: it is not made of numbers.
+      VaultError: it is not made of numbers, or not one for each user.
     """
     before = np.asarray(before)
+    if before.dtype.kind == "u":
+        before = np.minimum(before.astype(np.uint64), np.uint64(_FAR))  # or it would wrap
     if before.dtype.kind == "f":
         if np.isnan(before).any():
             raise VaultError("a time in `before` is not a number")
@@ -267,8 +269,16 @@ def times_of(before: np.ndarray, users: np.ndarray) -> np.ndarray:
     elif before.dtype.kind not in "iu" and before.size:
         raise VaultError(f"`before` must be seconds, not {before.dtype}")
     if before.shape != users.shape:
-        before = np.broadcast_to(before, users.shape)
+        before = per_user("before", before, len(users))
     return before.astype(np.int64)
+
+
+def per_user(name: str, values: np.ndarray, batch: int) -> np.ndarray:
+    """`values` as [batch]; one number is everybody's. Raises VaultError if there are others."""
+    values = np.asarray(values)
+    if values.size != 1 and values.shape != (batch,):
+        raise VaultError(f"`{name}` has shape {values.shape}, there are {batch} users")
+    return np.broadcast_to(values.reshape(-1), (batch,))
 
 
 def checked_ends(users: np.ndarray, totals: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -276,7 +286,7 @@ def checked_ends(users: np.ndarray, totals: np.ndarray, end: np.ndarray) -> np.n
     end = np.asarray(end)
     if end.dtype.kind not in "iu" and end.size:
         raise VaultError(f"`end` must be positions, not {end.dtype}")
-    end = np.broadcast_to(end, users.shape).astype(np.int64)
+    end = per_user("end", end, len(users)).astype(np.int64)
     bad = (end < 0) | (end > totals)
     if bad.any():
         i = int(bad.argmax())
@@ -297,19 +307,20 @@ def merged_by_time(found: Sequence[dict[str, np.ndarray]], n: int) -> dict[str, 
     return out
 
 
-def flat_blocks(
-    looked: Looked, users: np.ndarray, block_rows: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """See Vault.scan."""
-    ends = np.cumsum(looked.totals)
+def runs(lengths: np.ndarray, block_rows: int) -> Iterator[tuple[int, int]]:
+    """Users first .. last - 1 of each block of about `block_rows` rows, one user at least."""
+    ends = np.cumsum(lengths)
     first, done = 0, 0
-    while first < len(users):
+    while first < len(lengths):
         last = max(first + 1, int(np.searchsorted(ends, done + block_rows, side="right")))
-        which = np.arange(first, last)
-        part = looked.part(which)
-        starts, found = together(part, users[which], None, part.rows)
-        yield {"user": np.repeat(users[which], np.diff(starts)), **found.columns}
+        yield first, last
         first, done = last, int(ends[last - 1])
+
+
+def whole(looked: Looked, users: np.ndarray) -> dict[str, np.ndarray]:
+    """All behaviours of the users, one after the other; see Vault.scan."""
+    starts, found = together(looked, users, None, looked.rows)
+    return {"user": np.repeat(users, np.diff(starts)), **found.columns}
 
 
 def new_events(state: State, stream: int, users: np.ndarray, ids: np.ndarray) -> np.ndarray:

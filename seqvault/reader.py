@@ -16,16 +16,20 @@ from seqvault.querying import user_ids
 from seqvault.schema import DEFAULT, Schema
 from seqvault.state import State
 
+_SCAN_USERS = 4096  # whose lengths a scan asks for at a time
+
 
 class Reader:
     """The reading half of `Vault`, which see; threads may share one.
 
     Attributes:
       path: the vault's directory.
-      writable: whether this is the one writer.
     """
 
-    writable = False
+    @property
+    def writable(self) -> bool:
+        """Whether this is the one writer."""
+        return False
 
     def __init__(self, path: Path, state: State):
         """Use `Vault.open`."""
@@ -180,11 +184,11 @@ class Reader:
         yield from self._scan(self.users(stream=stream), names, stream, block_rows)
 
     def _scan(self, users, names, stream, block_rows) -> Iterator[dict[str, np.ndarray]]:
-        step = 4096
-        for start in range(0, len(users), step):
-            group = users[start : start + step]
-            blocks = self._asked(stream, group, names, querying.flat_blocks, block_rows)
-            yield from blocks
+        for start in range(0, len(users), _SCAN_USERS):
+            group = users[start : start + _SCAN_USERS]
+            lengths = self.lengths(group, stream=stream)
+            for first, last in querying.runs(lengths, block_rows):
+                yield self._asked(stream, group[first:last], names, querying.whole)
 
     # --- looking after it
 

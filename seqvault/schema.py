@@ -143,15 +143,17 @@ def check_values(name: str, values: np.ndarray, dtype: np.dtype) -> None:
         why = f"does not fit {least} .. {largest} ({dtype})"
     if bad.any():
         i = int(bad.argmax())
-        error = VaultError(f"column {name!r} has value {values[i]}, which {why}")
-        error.row = i
-        raise error
+        raise VaultError(f"column {name!r} has value {values[i]}, which {why}").at_row(i)
 
 
 def checked_columns(
     schema: Schema, users: np.ndarray, behaviours: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """`behaviours` of `users` [N] in the schema's types. Raises VaultError if they do not fit."""
+    """`behaviours` of `users` [N] in the schema's types.
+
+    Raises:
+      VaultError: they do not fit; of a value, the message and `row` say which.
+    """
     stored = schema.stored
     if set(behaviours) != set(stored):
         raise VaultError(f"columns {sorted(behaviours)}, the schema wants {sorted(stored)}")
@@ -162,7 +164,13 @@ def checked_columns(
             raise VaultError(
                 f"column {name!r} has shape {values.shape}, there are {len(users)} users"
             )
-        check_values(name, values, dtype)
+        try:
+            check_values(name, values, dtype)
+        except VaultError as error:
+            if error.row is None:
+                raise
+            where = f"row {error.row}, user {users[error.row]}"
+            raise VaultError(f"{where}: {error}").at_row(error.row) from None
         columns[name] = values.astype(dtype, copy=False)
     return columns
 

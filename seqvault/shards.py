@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from seqvault.errors import VaultError
-from seqvault.querying import user_ids
+from seqvault.querying import per_user, user_ids
+
+_PER_USER = ("before", "end", "before_time")
 
 
 def shard_of(users: np.ndarray, shards: int) -> np.ndarray:
@@ -67,13 +69,14 @@ class Shards:
         return self.vaults[shard].append(user, behaviours, **options)
 
     def last_n(self, users: np.ndarray, n: int, **options) -> dict[str, np.ndarray]:
-        """See Vault.last_n; options that are per user ([B] or longer) follow their users."""
+        """See Vault.last_n."""
         out: dict[str, np.ndarray] = {}
         batch = len(np.asarray(users))
+        each, options = _divided(options, batch)
 
         def ask(shard, rows):
-            mine = {name: _rows_of(value, rows, name) for name, value in options.items()}
-            return rows, self.vaults[shard].last_n(np.asarray(users)[rows], n, **mine)
+            mine = {name: values[rows] for name, values in each.items()}
+            return rows, self.vaults[shard].last_n(np.asarray(users)[rows], n, **mine, **options)
 
         for rows, found in self._each(ask, users):
             for name, values in found.items():
@@ -107,10 +110,12 @@ class Shards:
 
     def _numbers(self, method: str, users: np.ndarray, **options) -> np.ndarray:
         out = np.zeros(len(np.asarray(users)), np.int64)
+        each, options = _divided(options, len(out))
 
         def ask(shard, rows):
-            mine = {name: _rows_of(value, rows, name) for name, value in options.items()}
-            return rows, getattr(self.vaults[shard], method)(np.asarray(users)[rows], **mine)
+            mine = {name: values[rows] for name, values in each.items()}
+            asked = getattr(self.vaults[shard], method)
+            return rows, asked(np.asarray(users)[rows], **mine, **options)
 
         for rows, found in self._each(ask, users):
             out[rows] = found
@@ -127,8 +132,8 @@ class Shards:
         return [(int(s), np.flatnonzero(shards == s)) for s in np.unique(shards)]
 
 
-def _rows_of(value: Any, rows: np.ndarray, name: str) -> Any:
-    """An option's part for some users: times and positions are per user, if not one number."""
-    if name not in ("before", "end", "before_time") or np.ndim(value) == 0:
-        return value
-    return np.asarray(value)[rows]
+def _divided(options: Mapping[str, Any], batch: int) -> tuple[dict[str, np.ndarray], dict]:
+    """({option that each user has its own of: [batch]}, the other options)."""
+    mine = {n: v for n, v in options.items() if n in _PER_USER and v is not None}
+    each = {name: per_user(name, value, batch) for name, value in mine.items()}
+    return each, {name: value for name, value in options.items() if name not in each}

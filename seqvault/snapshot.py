@@ -58,7 +58,7 @@ def bulk_build(
       FileExistsError: `path` exists; snapshots are immutable.
     """
     files = Files()
-    with _building(Path(path)) as directory:
+    with _building(files, Path(path)) as directory:
         ids = np.arange(num_users) if users is None else np.asarray(users).astype(np.int64)
         entries = np.zeros(num_users, ENTRY)
         entries["user"], entries["place"] = ids, -1
@@ -101,7 +101,7 @@ def bulk_build(
 
 
 @contextmanager
-def _building(path: Path) -> Iterator[Path]:
+def _building(files: Files, path: Path) -> Iterator[Path]:
     """A locked, empty directory that becomes `path` when the block ends without an error.
 
     The lock (on the directory itself) tells a build that lives from what a killed one left.
@@ -109,8 +109,7 @@ def _building(path: Path) -> Iterator[Path]:
     directory = path.with_name(path.name + BUILDING)
     if path.exists():
         raise FileExistsError(f"{path} exists, and a snapshot is never changed; remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    directory.mkdir(exist_ok=True)
+    files.make_directory(directory)
     lock = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -126,11 +125,9 @@ def _building(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
-        os.fsync(lock)
+        files.sync_directory(directory)
         directory.rename(path)
-        parent = os.open(path.parent, os.O_RDONLY)
-        os.fsync(parent)
-        os.close(parent)
+        files.sync_directory(path.parent)
     finally:
         os.close(lock)
 

@@ -10,28 +10,31 @@ lock                      held by the one writer
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from seqvault import log
 from seqvault.errors import Damage, MissingError, VaultError
-from seqvault.index import ENTRY, Index, place_of
+from seqvault.index import ENTRY, Index, offset_of, place_of, segment_of
 from seqvault.manifest import read_manifest
 from seqvault.part import CHUNK, HEAD_MAGIC, NO_PLACE, PREFIX, TAIL_MAGIC, TRAILER
 from seqvault.part import ENTRY as CHUNK_ENTRY
 from seqvault.reading import Layout
 from seqvault.schema import Schema
-from seqvault.segments import MAX_SEGMENT, Segments, committed_bytes, segment_path
+from seqvault.segments import MAX_SEGMENT, Segments, committed_bytes, segment_number, segment_path
 from seqvault.tail import Tail, under_schema
+from seqvault.writing import check_sizes
 
 _TRAILER = struct.Struct("<qqIIIIIIHBBIII")
 _COUNT = struct.Struct("<q")
 _WINDOW = 64 << 20  # bytes of the log that replaying holds at a time, if a record is not longer
+_TAIL_ROWS = 1 << 20  # a tail may hold as many rows as this, dead ones included
 
 
 class Stream:
@@ -52,6 +55,8 @@ class Stream:
         entries = self.index.entries
         self.tail.drop(entries, numbers)
         entries[numbers] = merged
+        if self.tail.count > max(2 * self.tail.live, _TAIL_ROWS):
+            self.tail = self.tail.compacted(entries)
 
 
 class State:
@@ -78,7 +83,8 @@ class State:
             self.schema = schemas[-1]
             self.names = tuple(map(str, self.manifest["streams"]))
             self.committed = committed_bytes(self.manifest)
-            self.block_rows = int(self.manifest["block_rows"])
+            self.block_rows = self.manifest["block_rows"]
+            check_sizes(self.block_rows, self.manifest["segment_bytes"])
             self.log_path = _inside(directory, self.manifest["log"])
             index, carry = self.manifest["index"], self.manifest["carry"]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -101,8 +107,23 @@ class State:
             self.close()
             raise
 
+    @property
+    def log_is_damaged(self) -> bool:
+        """Whether a record of the log is lost, and with it maybe the names of segments."""
+        return any(d.file == self.log_path.name for d in self.damages)
+
     def open_segments(self) -> None:
-        """Opens every segment that holds parts; names one that is missing."""
+        """Opens every segment that holds parts; names one that is missing.
+
+        Beside a damaged log every segment that is there may: a later part may lead to one that only
+        a lost record named. All of them are taken as they are, so nothing removes them.
+        """
+        if self.log_is_damaged:
+            for file in self.directory.iterdir():
+                segment = segment_number(file.name)
+                if segment is not None and segment <= MAX_SEGMENT:
+                    with contextlib.suppress(FileNotFoundError):  # a checkpoint removes some
+                        self.committed.setdefault(segment, file.stat().st_size)
         for segment, size in self.committed.items():
             try:
                 if size:
@@ -140,7 +161,7 @@ class State:
         size = os.fstat(self._log_fd).st_size
         if size <= self.log_end:
             return
-        merged, window = False, _WINDOW
+        changed, window = False, _WINDOW
         while self.log_end < size:
             data = _pread(self._log_fd, min(size - self.log_end, window), self.log_end)
             self.log_seen = self.log_end + len(data)
@@ -149,13 +170,14 @@ class State:
             # Before a record is applied: whatever happens then, none is applied twice.
             stuck, self.log_end = end == self.log_end, end
             self.damages += damages
+            changed |= bool(damages)
             for record in records:
                 self._apply(record, self.log_path.name)
-                merged |= record.kind == log.MERGE
+                changed |= record.kind == log.MERGE
             if not more:
                 break
             window = 2 * window if stuck else _WINDOW
-        if merged:
+        if changed:
             self.open_segments()
 
     def switch_log(self, manifest: dict) -> bool:
@@ -165,6 +187,8 @@ class State:
           FileNotFoundError: that log is gone already; nothing has changed.
         """
         if manifest.get("previous") != [self.log_path.name, self.log_end]:
+            return False
+        if self.log_is_damaged:  # the writer may have had what this state has skipped
             return False
         if [s.to_json() for s in self.schemas.values()] != manifest["schemas"]:
             return False
@@ -201,15 +225,21 @@ class State:
                 number, users, columns = log.parse_append(record.payload, self.schemas)
                 self._stream_of(number).add(users, under_schema(columns, self.schema))
             elif record.kind == log.MERGE:
-                number, merged, segment, size = log.parse_merge(record.payload)
-                if segment > MAX_SEGMENT:
-                    raise VaultError(f"a merge into segment {segment}")
+                number, merged, sizes = log.parse_merge(record.payload)
+                if max(sizes) > MAX_SEGMENT or (merged["place"] < 0).any():
+                    raise VaultError(f"a merge into segments {sorted(sizes)}")
                 self._stream_of(number).commit(merged)
-                self.committed[segment] = size
+                self._cover(sizes)
+                self._cover(_reach(merged))
             else:
                 raise VaultError(f"a record of unknown kind {record.kind}")
         except VaultError as error:
             self.damages.append(Damage(name, record.offset, str(error)))
+
+    def _cover(self, sizes: Mapping[int, int]) -> None:
+        """Takes in that segments hold parts up to these bytes; no log makes one shorter."""
+        for segment, size in sizes.items():
+            self.committed[segment] = max(size, self.committed.get(segment, 0))
 
     def _stream_of(self, number: int) -> Stream:
         if number >= len(self.streams):
@@ -249,6 +279,12 @@ class State:
         self.damages += damages
         for record in records:
             self._apply(record, path.name)
+
+
+def _reach(entries: np.ndarray) -> dict[int, int]:
+    """{segment: where the last of the entries' parts in it ends}."""
+    segments, ends = segment_of(entries["place"]), offset_of(entries["place"]) + entries["bytes"]
+    return {int(s): int(ends[segments == s].max()) for s in np.unique(segments)}
 
 
 def index_bytes(streams: list[Stream]) -> bytes:

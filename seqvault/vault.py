@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import threading
@@ -12,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from seqvault import log, merging, querying
+from seqvault import log, merging, querying, reclaiming
 from seqvault.errors import VaultError
 from seqvault.files import File, Files, kill_point
+from seqvault.lock import LOCK, WriterLock
 from seqvault.manifest import manifest_stamp, read_manifest, repair_copies, write_manifest
 from seqvault.querying import one_user, user_ids
 from seqvault.reader import Reader
 from seqvault.schema import DEFAULT, TIME, Schema, check_evolution, checked_columns
 from seqvault.segments import segment_path
 from seqvault.state import State
-from seqvault.writing import BLOCK_ROWS, SEGMENT_BYTES, PartWriter
+from seqvault.writing import BLOCK_ROWS, SEGMENT_BYTES, PartWriter, check_sizes
 
-LOCK = "lock"
 _INITIAL = ("index-000000.sv", "carry-000000.log", "log-000000.log")
 # What the writer makes and may remove; anything else in the directory is somebody's.
 _MADE = re.compile(r"(blocks|index|carry|log)-\d{6,}\.(sv|log)")
@@ -39,23 +38,26 @@ class Vault(Reader):
 
     Attributes:
       path: its directory.
-      writable: whether this is the one writer.
     """
 
-    def __init__(self, path: Path, state: State, files: Files, lock: int | None):
+    def __init__(self, path: Path, state: State, files: Files, lock: WriterLock | None):
         """Use `create` or `open`."""
         super().__init__(path, state)
         self._files = files
-        self._lock_fd = lock
+        self._lock = lock
         # Held by whoever writes; `_mutex` only while the state in memory changes, so that reads
         # go on while the disk works.
         self._writing = threading.RLock()
         self._log: File | None = None
         self._parts: PartWriter | None = None
         self._broken: str | None = None
-        self.writable = lock is not None
         self.logged = 0  # bytes logged by this writer; with parts and checkpoints: what is written
         self.checkpointed = 0
+
+    @property
+    def writable(self) -> bool:
+        """Whether this is the one writer; in a fork of its process it is a reader."""
+        return self._lock is not None and self._lock.mine
 
     # --- opening and closing
 
@@ -80,17 +82,16 @@ class Vault(Reader):
           files: the file layer; tests pass their own.
         Raises:
           FileExistsError: there is something at `path`, other than what a creation left that died.
-          VaultError: the streams' names are not distinct, or there are none; or another process is
-            creating this vault.
+          VaultError: the streams' names are not distinct, or there are none; a size is not
+            possible; or another process is creating this vault.
         """
         path, files = Path(path), files or Files()
         if isinstance(streams, str):
             raise VaultError(f"streams must be a sequence of names, not {streams!r}")
         if not streams or len(set(streams)) != len(streams) or len(streams) > 255:
             raise VaultError(f"streams {list(streams)}: 1 to 255 distinct names are needed")
-        if block_rows < 1:
-            raise VaultError(f"block_rows is {block_rows}; it must be positive")
-        path.mkdir(parents=True, exist_ok=True)
+        check_sizes(block_rows, segment_bytes)
+        files.make_directory(path)
         _must_be_vacant(path)
         index_file, carry_file, log_file = _INITIAL
         index = bytes(8 * len(streams))
@@ -107,7 +108,7 @@ class Vault(Reader):
                 "index": merging.file_entry(index_file, index),
                 "carry": [{"file": carry_file, "bytes": 0}], "previous": None,
             })  # fmt: skip
-            files.sync_directory(path.parent)
+            files.sync_directory(path.parent)  # a creation that died may have made `path`
 
         return cls._as_writer(path, files, write_files)
 
@@ -117,11 +118,12 @@ class Vault(Reader):
     ) -> Vault:
         """Opens the vault at `path`, for reading unless `write`.
 
-        Damaged files are named in `damages`; what does not depend on them is readable.
+        Damaged files are named in `damages`; what does not depend on them is readable. The index,
+        the carried rows, segments and one of the two manifests may be lost; the log may be damaged.
 
         Raises:
-          VaultError: there is no vault, it cannot be read at all, or (`write`) another process
-            writes to it.
+          VaultError: there is no vault, both manifests or the whole log are lost, or (`write`)
+            another process writes to it.
         """
         path, files = Path(path), files or Files()
         if write:
@@ -143,9 +145,9 @@ class Vault(Reader):
         cls, path: Path, files: Files, prepare: Callable[[], None] | None = None
     ) -> Vault:
         """The vault at `path`, locked, after `prepare`; on an error nothing stays open."""
-        lock = _locked(path)
+        lock = WriterLock(path)
         with contextlib.ExitStack() as undo:
-            undo.callback(os.close, lock)
+            undo.callback(lock.release)
             if prepare:
                 prepare()
             state = State(path)
@@ -179,7 +181,8 @@ class Vault(Reader):
         self._parts = PartWriter(
             self._files, self.path, segment, size, int(state.manifest["segment_bytes"])
         )
-        if any(d.file.startswith("blocks") for d in state.damages):  # never write behind damage
+        # Never write behind damage, nor where parts may be that a lost record named.
+        if state.log_is_damaged or any(d.file.startswith("blocks") for d in state.damages):
             self._parts.segment, self._parts.size = segment + 1, 0
 
     def close(self) -> None:
@@ -187,10 +190,9 @@ class Vault(Reader):
         with self._writing, self._mutex:
             self._close_files()
             self._state.close()
-            if self._lock_fd is not None:
-                os.close(self._lock_fd)
-                self._lock_fd = None
-            self.writable = False
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     def _close_files(self) -> None:
         for file in (self._log, self._parts):
@@ -229,7 +231,10 @@ class Vault(Reader):
           How many were appended: all, less those whose event id the user already has.
         Raises:
           VaultError: a column is missing or a value does not fit; the vault is open for reading
-            only; or the disk is full or fails: then nothing was appended.
+            only; or the disk is full or fails: then nothing was appended. But if it says "not
+            durable", an fsync failed, and whether the behaviours are there is unknown until the
+            vault is opened again; the same holds for an interrupt (KeyboardInterrupt). Both leave
+            a writer that must be closed and opened again; without event ids, look before you retry.
         """
         behaviours = {name: np.atleast_1d(values) for name, values in behaviours.items()}
         rows = len(behaviours.get(TIME, ()))
@@ -248,19 +253,18 @@ class Vault(Reader):
 
         See `append`.
         """
-        columns = checked_columns(self.schema, users, behaviours)
+        users = user_ids(users)
         with self._writing:
             self._must_write()
             state, number = self._state, self._state.stream(stream)
-            users = user_ids(users)
+            columns = checked_columns(state.schema, users, behaviours)  # `evolve` may change it
             if state.schema.event_id and len(users):
                 new = querying.new_events(state, number, users, columns[state.schema.event_id])
                 users, columns = users[new], {n: c[new] for n, c in columns.items()}
             if len(users):
                 payload = log.append_payload(number, state.schema, users, columns)
-                self._logged(log.frame(log.APPEND, payload), sync)
-                with self._mutex:
-                    state.streams[number].add(users, columns)
+                record = log.frame(log.APPEND, payload)
+                self._logged(record, sync, lambda: state.streams[number].add(users, columns))
             elif sync:  # all of it is there, but maybe from an append that did not sync
                 self._sync_log()
             return len(users)
@@ -268,26 +272,38 @@ class Vault(Reader):
     def _must_write(self) -> None:
         if self._state.closed:
             raise VaultError(f"{self.path}: closed")
+        if self._lock is not None and not self._lock.mine:
+            raise VaultError(
+                f"{self.path}: process {self._lock.pid} writes to this vault, and this is a fork "
+                "of it; its forks can only read"
+            )
         if self._broken:
             raise VaultError(f"{self.path}: {self._broken}; close and open it again")
         if not self.writable:
             raise VaultError(f"{self.path}: open for reading only; use open(path, write=True)")
 
-    def _logged(self, record: bytes, sync: bool) -> None:
-        """Puts a record into the log: all of it or, with a VaultError, nothing."""
+    def _logged(self, record: bytes, sync: bool, take: Callable[[], None]) -> None:
+        """Puts a record into the log and, by `take`, into memory: both or, with a VaultError, none.
+
+        Whatever else ends this (an interrupt) leaves a writer that knows that it is broken.
+        """
+        self._broken = "a record was left half-way"
         try:
             self._log.write(record)
         except OSError as error:
-            if self._log.size != self._state.log_end:
-                self._broken = f"the log cannot be written ({error})"
+            whole = self._log.size == self._state.log_end
+            self._broken = None if whole else f"the log cannot be written ({error})"
             raise VaultError(f"{self._log.path}: {error.strerror}; nothing appended") from error
         kill_point("after_data_write")
         if sync:
             self._sync_log()
             kill_point("after_fsync")
         kill_point("before_index")
-        self._state.log_end = self._log.size
+        with self._mutex:
+            self._state.log_end = self._log.size
+            take()
         self.logged += len(record)
+        self._broken = None
 
     def _sync_log(self) -> None:
         try:
@@ -340,11 +356,13 @@ class Vault(Reader):
         Returns:
           Bytes of parts written, at most about `budget`.
         Raises:
+          VaultError: as `append`; or the log is damaged: what it lost may have named parts that
+            look dead. `checkpoint` gives such a log up.
           DamagedError: parts of `users` are damaged; segments that hold theirs stay as they are.
         """
         with self._writing:
             self._must_write()
-            return merging.reclaim(self, budget, dead)
+            return reclaiming.reclaim(self, budget, dead)
 
     def checkpoint(self, schema: Schema | None = None) -> None:
         """Writes the index and starts a new log, so that opening has little to replay.
@@ -365,17 +383,6 @@ class Vault(Reader):
           VaultError: the newer schema cannot read what the vault holds.
         """
         self.checkpoint(schema)
-
-
-def _locked(path: Path) -> int:
-    """The writer's lock on a vault; the kernel drops it when the process dies."""
-    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise VaultError(f"{path}: another process writes to this vault") from None
-    return lock
 
 
 def _must_be_vacant(path: Path) -> None:

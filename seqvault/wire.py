@@ -39,14 +39,20 @@ def pack(found: Mapping[str, np.ndarray], level: int = 0) -> bytes:
     Args:
       level: of zstd; 0 sends rows as they are, for half the CPU and twice the bytes (see
         docs/seqvault.md).
+    Raises:
+      VaultError: a column has a name or a type that a message cannot carry.
     """
     mask = found["mask"]
     counts = mask.sum(1).astype("<u4")
     columns = {name: values[mask] for name, values in found.items() if name != "mask"}
     parts = []
     for name, values in columns.items():
-        encoded = name.encode()
-        number = _TYPES.index(values.dtype.newbyteorder("<"))
+        encoded, dtype = name.encode(), values.dtype.newbyteorder("<")
+        if len(encoded) > 255 or not name.isascii():
+            raise VaultError(f"column name {name!r}: a message takes up to 255 ASCII letters")
+        if dtype not in _TYPES:
+            raise VaultError(f"column {name!r} is {dtype}, which a message does not take")
+        number = _TYPES.index(dtype)
         parts.append(_COLUMN.pack(len(encoded), number) + encoded)
     parts.append(counts.tobytes())
     for name, values in columns.items():

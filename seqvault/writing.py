@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from seqvault.errors import VaultError
 from seqvault.files import File, Files
 from seqvault.index import place_of
 from seqvault.part import NO_PLACE, bound, encode
@@ -15,7 +16,19 @@ from seqvault.segments import segment_path
 BLOCK_ROWS = 1024
 LARGEST = 64  # blocks of the largest part: bounds what one merge rewrites
 SEGMENT_BYTES = 256 << 20
+# More rows than a read can want, and half of what a place's OFFSET_BITS can reach.
+MOST_ROWS, MOST_BYTES = 1 << 20, 1 << 39
 _BUFFER_BYTES = 4 << 20
+
+
+def check_sizes(block_rows: int, segment_bytes: int) -> None:
+    """Raises VaultError unless a vault can have such blocks and segments."""
+    for name, value, most in (
+        ("block_rows", block_rows, MOST_ROWS),
+        ("segment_bytes", segment_bytes, MOST_BYTES),
+    ):
+        if not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
+            raise VaultError(f"{name} is {value!r}; it must be an integer of 1 .. {most}")
 
 
 class PartWriter:

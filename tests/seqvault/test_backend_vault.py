@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import seqvault
 from seqvault.backend_vault import BackendVault
+from seqvault.backends import RedisBackend
 from seqvault.part import bound, encode
 from seqvault.shards import Shards
 from tests.seqvault.oracle import SCHEMA, Oracle, draw
@@ -141,6 +142,87 @@ def test_a_newer_schema_reads_older_records():
             vault.evolve(wrong)
     with pytest.raises(seqvault.VaultError, match="use evolve"):
         BackendVault(backend, seqvault.Schema({"b": np.int8}), "shop")
+
+
+def test_what_a_damaged_newest_part_claims_is_never_a_length():
+    schema, backend = seqvault.Schema({"item": np.int32}), Memory()
+    vault = BackendVault(backend, schema, "shop", block_rows=4)
+    vault.append_many([1] * 9, {"time": range(9), "item": [5] * 9})
+    whole = backend.blocks["shop/default/1"]
+    questions = (
+        lambda: vault.lengths([1, 2]).tolist() == [9, 0],
+        lambda: vault.last_n([1], 3, end=[9])["time"].tolist() == [[6, 7, 8]],
+        lambda: vault.append(1, {"time": 9, "item": 5}) == 1,
+    )
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        for ask in questions:
+            backend.blocks["shop/default/1"] = bytes(flipped)
+            try:
+                assert ask(), bit
+            except seqvault.DamagedError as error:
+                assert error.users == (1,)
+    for cut in (0, 40, len(whole) - 1):
+        backend.blocks["shop/default/1"] = whole[:cut]
+        with pytest.raises(seqvault.DamagedError):
+            vault.lengths([1])
+    assert vault.lengths([2], stream="nobody appended to it").tolist() == [0]
+
+
+def test_a_stream_whose_keys_would_be_anothers_is_refused():
+    """User 5 of the stream "ads/1" would have the key of a part of user 1 of "ads"."""
+    vault = BackendVault(Memory(), SCHEMA, "shop")
+    row = {"time": 1, "item": 1, "kind": 2, "seen": True, "weight": 0.5}
+    for call in (
+        lambda: vault.append(5, row, stream="ads/1"),
+        lambda: vault.last_n([5], 1, stream="ads/1"),
+        lambda: vault.lengths([5], stream="ads/1"),
+    ):
+        with pytest.raises(seqvault.VaultError, match="stream 'ads/1'"):
+            call()
+
+
+class FullRedis:
+    """What RedisBackend needs of a client. All commands of a pipeline are sent, whatever fails."""
+
+    def __init__(self):
+        self.blocks, self.most, self.sent = {}, 10**9, []
+
+    def mget(self, keys):
+        return [self.blocks.get(key) for key in keys]
+
+    def pipeline(self, transaction):
+        return self
+
+    def set(self, key, block):
+        self.sent.append((key, block))
+
+    def execute(self):
+        full = [key for key, block in self.sent if len(block) > self.most]
+        self.blocks |= {key: block for key, block in self.sent if key not in full}
+        self.sent.clear()
+        if full:
+            raise MemoryError("OOM command not allowed when used memory > 'maxmemory'")
+
+    def delete(self, *keys):
+        for key in keys:
+            self.blocks.pop(key, None)
+
+
+def test_a_newest_part_is_sent_when_those_it_names_are_stored():
+    client, rng = FullRedis(), np.random.default_rng(0)
+    schema = seqvault.Schema({"item": np.int32})
+    vault = BackendVault(RedisBackend(client), schema, "shop", block_rows=100)
+    items = np.where(np.arange(199) < 100, rng.integers(0, 2**30, 199), 1)
+    vault.append_many([1] * 199, {"time": range(199), "item": items})
+    client.most = 300  # the older part does not fit, the newest would
+    with pytest.raises(MemoryError):
+        vault.append_many([1, 1], {"time": [200, 201], "item": [1, 2]})
+    client.most = 10**9
+    assert vault.last_n([1], 199)["item"][0].tolist() == items.tolist()
+    vault.append_many([1, 1], {"time": [200, 201], "item": [1, 2]})
+    assert vault.lengths([1]).tolist() == [201]
 
 
 @pytest.mark.parametrize("late", [False, True])

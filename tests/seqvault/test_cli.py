@@ -1,6 +1,7 @@
 """The command line, called as the console script calls it."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -95,6 +96,57 @@ def test_a_bad_npz_is_one_line_and_status_2(vault, tmp_path, capsys, kind):
     assert seqvault.Vault.open(vault).users().tolist() == [1, 5]
 
 
+@pytest.mark.parametrize("append", [False, True])
+@pytest.mark.parametrize(
+    "column, values, message",
+    [
+        ("item", [1, 2, 2**40], "b.npz, row 2: user 9.* 'item' has value"),
+        ("user", [8.0, 8.0, 9.0], "b.npz, row 0: .*float64"),
+        ("time", [1, 2], "b.npz: columns of different lengths"),
+        ("time", [2, 1, 3], "b.npz, row 1: user 8.* time 1 comes after 2"),
+        ("user", [8, 8, 7], "b.npz, row 2: user 7.* must be sorted"),
+        ("user", [20, 20, 21], "b.npz, row 0: user 20 is in the stream already"),
+    ],
+)
+def test_an_error_of_the_input_names_the_file_and_the_row(
+    tmp_path, monkeypatch, capsys, append, column, values, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("seqvault.cli._BATCH_ROWS", 2)  # a file is several blocks
+    np.savez("first.npz", user=[20], time=[1], item=[1])
+    np.savez("a.npz", user=[5, 6, 7], time=[1, 2, 3], item=[1, 2, 3])
+    columns = {"user": [8, 8, 9], "time": [1, 2, 3], "item": [1, 2, 3], column: values}
+    np.savez("b.npz", **columns)
+    np.savez("c.npz", user=[10], time=[1], item=[1])
+    assert main(["load", "v", "first.npz", "--columns", "item:int32"]) == 0
+    status = main(["load", "v", "a.npz", "b.npz", "c.npz", *(["--append"] if append else [])])
+    error = capsys.readouterr().err
+    if append and ("sorted" in message or "after" in message or "already" in message):
+        assert status == 0
+        return
+    assert status == 2 and re.match(f"seqvault: {message}", error), error
+    if append:  # what comes before is there, and the message says how far
+        assert set(seqvault.Vault.open("v").users().tolist()) >= {20, 5, 6, 7}
+    else:
+        assert seqvault.Vault.open("v").users().tolist() == [20]
+
+
+def test_an_event_id_that_comes_twice_names_its_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", user=[1, 1, 2], time=[1, 2, 3], item=[1, 2, 3])
+    np.savez("b.npz", user=[2, 3, 3, 3], time=[4, 5, 6, 7], item=[4, 5, 6, 5])
+    options = ["--columns", "item:int32", "--event_id", "item"]
+    assert main(["load", "v", "a.npz", "b.npz", *options]) == 2
+    assert "b.npz, row 3: user 3 has the event id 5 twice" in capsys.readouterr().err
+
+
+def test_load_names_the_streams_that_there_are(vault, tmp_path, capsys):
+    load = ["load", str(vault), str(tmp_path / "rows.parquet"), "--stream", "ads"]
+    for options in ([], ["--append"]):
+        assert main([*load, *options]) == 2
+        assert "has other streams: ['default']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", [["--batch", "0"], ["--batch", "-1"], ["--n", "0"]])
 def test_bench_takes_positive_numbers(vault, option):
     with pytest.raises(SystemExit):
@@ -118,5 +170,5 @@ def test_import_needs_no_jax():
     import sys
 
     program = "import sys, seqvault, seqvault.cli, seqvault.shards, seqvault.backends;"
-    program += "print([m for m in ('jax', 'ctr_jax', 'pickle5', 'redis') if m in sys.modules])"
+    program += "print([m for m in ('jax', 'ctr_jax', 'redis', 'pyarrow') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"

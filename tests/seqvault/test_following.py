@@ -97,6 +97,69 @@ def test_threads_that_refresh_a_reader_take_turns(vault, monkeypatch):
     reader.close()
 
 
+@pytest.mark.parametrize("read", ["last_n", "scan", "snapshot"])
+def test_a_read_from_segments_that_a_reclaim_took_meanwhile_starts_anew(
+    tmp_path, monkeypatch, read
+):
+    """The reader has the manifest from before the reclaim, and finds its segments gone."""
+    path, everyone = tmp_path / "v", np.arange(6)
+    vault = seqvault.Vault.create(path, ITEM, segment_bytes=2000, files=FILES)
+    for user in everyone.tolist():
+        times = np.arange(200)
+        vault.append(user, {"time": times, "item": times * 7919 % 100_003})
+    vault.merge()
+    vault.checkpoint()
+    reader = seqvault.Vault.open(path)
+    reader.lengths(everyone)
+    vault.evolve(seqvault.Schema({"item": np.int32, "shop": np.int32}, 2))  # it must open anew
+    open_segments, left = State.open_segments, [1]
+
+    def overtaken(state):
+        if left and state is not vault._state:
+            left.clear()
+            columns = {"time": [1000] * 6, "item": [1] * 6, "shop": [1] * 6}
+            vault.append_many(everyone, columns)
+            vault.merge()
+            vault.checkpoint()
+            vault.reclaim(dead=0.05)
+            assert not (path / "blocks-000001.sv").exists()
+        return open_segments(state)
+
+    monkeypatch.setattr(State, "open_segments", overtaken)
+    if read == "last_n":
+        assert reader.last_n(everyone, 300)["mask"].sum() == 6 * 201
+    elif read == "scan":
+        found = reader._scan(everyone, None, "default", 500)
+        assert [len(block["user"]) for block in found] == [402, 402, 402]
+    else:
+        reader.snapshot(tmp_path / "s")
+        assert seqvault.Snapshot(tmp_path / "s").num_behaviours == 6 * 201
+    assert not left
+    reader.close()
+    vault.close()
+
+
+def test_rows_that_were_merged_leave_the_memory_of_writer_and_readers(tmp_path, monkeypatch):
+    monkeypatch.setattr("seqvault.state._TAIL_ROWS", 300)
+    with seqvault.Vault.create(tmp_path / "v", ITEM, files=FILES) as vault:
+        reader = seqvault.Vault.open(tmp_path / "v")
+        for i in range(30):
+            users = np.arange(100)
+            vault.append_many(users, {"time": [i] * 100, "item": users})
+            vault.merge(min_rows=1 if i % 2 else 2)
+            vault.append(7, {"time": i, "item": i})
+            for who in (vault, reader):
+                found = who.last_n([7], 100)
+                assert found["mask"].sum() == 2 * i + 2
+                assert (
+                    found["time"][0, -2 * i - 2 :].tolist() == np.repeat(range(i + 1), 2).tolist()
+                )
+                assert who._state.streams[0].tail.count <= 600
+                assert who.stats()["streams"]["default"]["tail_bytes"] < 20_000
+        assert vault.stats()["generation"] == 0
+        reader.close()
+
+
 @pytest.mark.parametrize("times", [2, 100])
 def test_verify_takes_no_checkpoint_for_damage(vault, monkeypatch, times):
     vault.merge()

@@ -14,7 +14,7 @@ import seqvault
 from seqvault.files import KILL
 from seqvault.index import offset_of, segment_of
 from seqvault.manifest import COPY, MANIFEST
-from seqvault.merging import _chains
+from seqvault.reclaiming import _chains
 from seqvault.segments import segment_path
 from tests.seqvault.failing_files import LossyFiles, UnsyncedFile, UnsyncedFiles
 from tests.seqvault.oracle import SCHEMA, Oracle, draw
@@ -207,7 +207,7 @@ def flip(file, byte):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("byte", ["magic", "user", "values"])
+@pytest.mark.parametrize("byte", ["magic", "user", "stream", "values"])
 def test_a_reclaim_leaves_a_segment_with_a_damaged_part(tmp_path, byte):
     """A walk over its parts misses one, or takes it for somebody else's: it looks dead."""
     path = tmp_path / "v"
@@ -220,7 +220,8 @@ def test_a_reclaim_leaves_a_segment_with_a_damaged_part(tmp_path, byte):
             vault.merge()
         vault.checkpoint()
     segments = sorted(path.glob("blocks-*"))
-    flip(segments[0], {"magic": 0, "user": size - 56, "values": 12}[byte])
+    at = {"magic": 0, "user": size - 56, "stream": size - 14, "values": 12}[byte]
+    flip(segments[0], at)
     with seqvault.Vault.open(path, write=True, files=FILES) as vault:
         before = vault.last_n([8], 2000)["item"].tolist()
         try:
@@ -230,7 +231,7 @@ def test_a_reclaim_leaves_a_segment_with_a_damaged_part(tmp_path, byte):
         assert segments[0].exists() and vault.verify()
         assert len(list(path.glob("blocks-*"))) < len(segments)
         assert vault.last_n([8], 2000)["item"].tolist() == before
-    flip(segments[0], {"magic": 0, "user": size - 56, "values": 12}[byte])
+    flip(segments[0], at)
     with seqvault.Vault.open(path) as reader:
         assert len(items_of(reader, 7)) == 5 and reader.verify() == []
 

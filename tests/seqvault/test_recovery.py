@@ -152,6 +152,8 @@ def test_every_flipped_bit_is_named_and_the_rest_stays_readable(tmp_path, stride
                 if lost or file.name.startswith("index"):  # met by opening alone
                     assert file.name in {d.file for d in opened.damages}
                 for user in range(3):
+                    length, whole_length = opened.lengths([user])[0], len(oracle.history(user))
+                    assert length <= whole_length if lost else length == whole_length
                     try:
                         items = opened.last_n([user], 50)
                     except seqvault.DamagedError as error:

@@ -140,6 +140,7 @@ def test_parts_in_a_backend_read_like_a_vault(backend):
         flipped[bit // 8] ^= 1 << bit % 8
         backend.put_blocks({"shop/default/3": bytes(flipped)})
         try:
+            assert vault.lengths([3]).tolist() == [len(oracle.history(3))]
             found = vault.last_n([3], 4)
         except (seqvault.DamagedError, seqvault.VaultError):
             continue

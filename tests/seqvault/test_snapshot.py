@@ -152,6 +152,7 @@ def test_every_flipped_bit_is_named(snapshot):
                 assert file.name in str(error)
                 continue
             assert file.name in {d.file for d in opened.verify()}, (file.name, bit)
+            assert opened.lengths(np.arange(3)).tolist() == [2, 0, 1]
             for user in range(3):
                 try:
                     found = opened.last_n(np.array([user]), 4)

@@ -147,6 +147,14 @@ def test_a_hostile_message_is_refused_and_gets_no_memory(message):
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("name, dtype", [("c" * 256, "i4"), ("ä", "i4"), ("c", "f2"), ("c", "U3")])
+def test_a_column_that_a_message_cannot_carry_is_refused(name, dtype):
+    found = {"mask": np.ones((1, 2), bool), name: np.ones((1, 2), dtype)}
+    with pytest.raises(seqvault.VaultError, match="column"):
+        wire.pack(found)
+    assert wire.pack({"mask": found["mask"], "c" * 255: np.ones((1, 2), "i4")})
+
+
 def test_an_empty_answer_has_a_message_of_its_own_and_what_packs_too_well_is_sent_whole():
     found = {"time": np.zeros((0, 3), np.int32), "mask": np.zeros((0, 3), bool)}
     assert wire.unpack(wire.pack(found, 1), 0, 3)["time"].shape == (0, 3)
