@@ -24,7 +24,7 @@ import duckdb
 from ml_collections import ConfigDict
 
 from ctr_jax.data.errors import DataError
-from ctr_jax.data.raw import distinct_names
+from ctr_jax.data.raw_files import distinct_names
 
 BUILDERS = {
     "alibaba": "ctr_jax.data.alibaba:Alibaba",
@@ -160,7 +160,7 @@ def main() -> None:
         try:
             generate(config_flag.value.data)
             print(prepare(config_flag.value.data))
-        except DataError as error:
+        except command_line.mendable() as error:
             raise SystemExit(f"error: {error}") from None
 
     command_line.run(run)
