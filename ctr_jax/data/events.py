@@ -21,7 +21,7 @@ from ctr_jax.data.errors import DataError
 from ctr_jax.data.options import with_defaults
 from ctr_jax.data.plan import DEFAULT_BUCKETS, Field, Plan
 from ctr_jax.data.raw_files import file_columns, find_files
-from ctr_jax.data.raw_types import FLOATS, not_of_type, refuse_lists
+from ctr_jax.data.raw_types import FLOATS, is_nan, not_of_type, refuse_lists
 from ctr_jax.data.row_checks import check_rows, equal, unique_key
 from ctr_jax.data.sql import own, sql_name
 
@@ -282,7 +282,7 @@ def _missing(con: duckdb.DuckDBPyConnection, sql: str, source: str, option: str)
     kind = type_of(con, sql, source)
     refuse_lists(option, kind)
     if kind in FLOATS:
-        return f"({sql} IS NULL OR isnan({sql}))"
+        return f"({sql} IS NULL OR {is_nan(sql)})"
     return f"({sql} IS NULL OR {sql} IN ('', 'nan'))" if kind == "VARCHAR" else f"{sql} IS NULL"
 
 

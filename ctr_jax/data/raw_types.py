@@ -94,11 +94,18 @@ def _finite(name: str) -> str:
     return f"coalesce(isfinite({name}), FALSE)"
 
 
-def not_whole(name: str) -> str:
+def is_nan(number: str) -> str:
+    """SQL predicate of NaN.
+
+    DuckDB's isnan leaves out row groups of parquet by their statistics, which do not tell of NaN.
+    """
+    return f"CAST({number} AS VARCHAR) = 'nan'"
+
+
+def not_whole(number: str) -> str:
     """SQL predicate of floats that are no whole number of 64 bits; NaN is missing."""
-    return (
-        f"coalesce(NOT isnan({name}) AND ({name} <> trunc({name}) OR abs({name}) >= 2^63), FALSE)"
-    )
+    odd = f"({number} <> trunc({number}) OR abs({number}) >= 2^63)"
+    return f"coalesce(NOT {is_nan(number)} AND {odd}, FALSE)"
 
 
 def column_types(
