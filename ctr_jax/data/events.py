@@ -33,10 +33,10 @@ DEFAULTS: dict[str, Any] = {
     "valid_fraction": 0.05,
     "on_bad_row": "raise",
     "buckets": DEFAULT_BUCKETS,
-    "events": "events.parquet",  # file names or globs within raw_dir
-    "types": {},  # DuckDB types of CSV columns that the first rows do not tell
+    "events": "events.parquet",  # file names or globs, within raw_dir or absolute
+    "types": {},  # DuckDB types of columns that the first rows, or files, do not tell
     "user": "user",
-    "time": "time",  # a number in time_unit, or a timestamp, which without a zone is UTC's
+    "time": "time",  # a number in time_unit, or a date-time, which without a zone is UTC's
     "time_unit": "s",
     "time_floor": 0,  # seconds; every stored time is floored to a multiple of it
     "label": "label",  # 0 or 1 (or a condition), read where the event is a target
@@ -45,8 +45,8 @@ DEFAULTS: dict[str, Any] = {
     # one time bucket, at the time of its first event) or SQL of a request id.
     "request": "event",
     "ties": "strict",  # "order": the file's order decides what was before; "strict": earlier times
-    "train": "",  # conditions: which events are targets of which split
-    "valid": "",  # taken out of train; empty = the last valid_fraction of train by time
+    "train": "",  # conditions: which events are targets of which split; train comes before test
+    "valid": "",  # taken out of both; empty = the last valid_fraction of train by time
     "test": "",
     "items": "",  # file with one row per items_key; `item` is that key of an event
     "items_key": "item",

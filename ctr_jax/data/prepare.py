@@ -66,8 +66,13 @@ def prepare(config: ConfigDict, engine: Callable[..., Any] | None = None) -> Pat
                 try:
                     builder.download_and_prepare()
                 except duckdb.Error as error:
+                    hint = (
+                        "; TRY_CAST gives NULL where an expression cannot convert a value"
+                        if isinstance(error, duckdb.ConversionException)
+                        else ""
+                    )
                     raise DataError(
-                        f"{options['raw_dir']}: {type(error).__name__}: {_short(error)}"
+                        f"{options['raw_dir']}: {type(error).__name__}: {_short(error)}{hint}"
                     ) from error
     return directory
 

@@ -232,7 +232,8 @@ def _joined(con: duckdb.DuckDBPyConnection, column: str, kinds: Mapping[Path, st
     What the type does not hold is a bad row of its file.
     """
     if len(set(kinds.values())) > 1:
-        kinds = {p: k for p, k in kinds.items() if not all_null(p, column)} or kinds
+        known = {p: k for p, k in kinds.items() if not all_null(p, column)}
+        kinds = known or {p: k for p, k in kinds.items() if k != '"NULL"'}
     (path, first), *others = kinds.items()
     if len({first, *(kind for _, kind in others)}) == 1:
         return first

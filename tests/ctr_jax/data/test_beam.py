@@ -152,6 +152,17 @@ def test_nan_is_missing_beside_numbers_of_the_same_file(tmp_path, column):
     assert messages[0] == messages[1]
 
 
+def test_a_user_that_occurs_twice_is_named_before_a_bad_event(tmp_path):
+    log = raw_logs.draw(0)
+    log["events"][60]["ts"] = -1
+    log["users"].append(dict(log["users"][2]))
+    raw_logs.write(tmp_path / "raw", log, "parquet")
+    config = test_events.config(tmp_path, users="users.parquet")
+    for run in (prepare, lambda c: prepare_beam(c, 3)):
+        with pytest.raises(DataError, match="users.parquet: .* occurs twice"):
+            run(config)
+
+
 def test_a_malformed_row_gets_the_same_message(tmp_path):
     raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "csv", parts=2)
     with open(tmp_path / "raw" / "events-1.csv", "a") as file:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctr_jax.data import raw
+from ctr_jax.data import json_lines, raw
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.prepare import prepare
 from ctr_jax.data.raw_files import file_columns, find_files
@@ -137,6 +137,15 @@ def test_a_parquet_column_without_values_takes_the_type_of_another_file(tmp_path
             assert {row[0] for row in rows} == {None, "A7", "x"}
 
 
+def test_a_parquet_column_without_values_in_any_file(tmp_path):
+    files = [
+        parquet(tmp_path / "1.parquet", a=pa.nulls(2), b=[1, 2]),
+        parquet(tmp_path / "2.parquet", a=pa.array([None], pa.float64()), b=[3]),
+    ]
+    for order in (files, files[::-1], files[:1]):
+        assert {row[0] for row in loaded(order)[0]} == {None}
+
+
 def test_a_parquet_value_that_another_files_type_does_not_hold_is_a_bad_row(tmp_path):
     first = parquet(tmp_path / "1.parquet", a=[1, 2])
     second = parquet(tmp_path / "2.parquet", a=["3", "4", "5", "A7", "1.5", "6"])
@@ -170,6 +179,16 @@ def test_brackets_and_stars_in_paths_are_read_as_they_stand(tmp_path, kind):
     assert content_hash(prepare(config(odd, **{**options, "events": names}))) == expected
     table = loaded([odd / "raw" / name for name in names])[1]
     assert table.place(0).startswith(str(odd / "raw" / names[0]))
+
+
+def test_brackets_in_paths_of_json_lines(tmp_path):
+    for name, user in (("od[d]", "right"), ("odd", "wrong")):
+        (tmp_path / name).mkdir()
+        text(tmp_path / name / "log.json", json.dumps({"user": user}) + "\n")
+    con, report = duckdb.connect(), {"rows": {}}
+    path = tmp_path / "od[d]" / "log.json"
+    json_lines.load(con, "log", path, {"user": "$.user"}, report)
+    assert con.execute("SELECT user FROM log").fetchall() == [("right",)]
 
 
 def test_each_file_is_read_once(tmp_path):
