@@ -268,3 +268,19 @@ def test_nan_among_whole_floats_is_a_missing_id(tmp_path):
     data = PreparedData.open(path)
     ids = data.histories.last_n(np.arange(data.histories.num_users), 100)["item"]
     assert (ids == 2).sum() > (ids > 2).sum() > 0
+
+
+def test_an_expression_that_cannot_convert_a_value_hints_at_try_cast(tmp_path):
+    written(tmp_path, events=lambda n, e: e.update(code="x" if n == 50 else str(n)))
+    with pytest.raises(DataError, match="'x'.*; TRY_CAST gives NULL"):
+        prepare(config(tmp_path, context={"code": "CAST(code AS INTEGER)"}))
+    prepare(config(tmp_path, context={"code": "TRY_CAST(code AS INTEGER)"}))
+
+
+def test_an_event_of_train_and_test_is_of_train_and_valid_goes_before_both(tmp_path):
+    written(tmp_path)
+    apart = {"train": "ts < 1000400", "test": "ts >= 1000500"}
+    apart["valid"] = "ts BETWEEN 1000400 AND 1000499"
+    both = {"train": "ts < 1000500", "test": "ts >= 1000300", "valid": apart["valid"]}
+    found = {content_hash(prepare(config(tmp_path, **splits))) for splits in (apart, both)}
+    assert len(found) == 1
