@@ -33,10 +33,11 @@ def mendable() -> tuple[type[Exception], ...]:
     from ctr_jax.planner import CannotPlan
     from ctr_jax.training import NonFiniteLoss
     from kernels.dispatch import CannotRun
+    from seqvault import VaultError
 
     return (
         CannotPlan, CannotRun, ConfigError, ConfigMismatch, Damaged, DataError, NonFiniteLoss,
-        SaveFailed,
+        SaveFailed, VaultError,
     )  # fmt: skip
 
 

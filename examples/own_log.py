@@ -24,7 +24,8 @@ def get_config() -> ConfigDict:
             events=("events-*.parquet",),
             # Who, when, and what is to be predicted.
             user="user_id",
-            time="timestamp",  # a number, or a timestamp: UTC where it has no zone
+            # A number, or a date-time (of a CSV: ISO's), which is UTC's where it has no zone.
+            time="timestamp",
             time_unit="s",  # s | ms | us
             label="clicked",  # 0 or 1, or a condition such as "rating >= 4"
             # One request = the impressions of one user at one time; also "event", a number of
@@ -36,7 +37,7 @@ def get_config() -> ConfigDict:
             ties="strict",
             is_behaviour="clicked = 1",
             # Which events are targets of which split; valid is the last part of train, or what a
-            # condition valid="..." takes out of it.
+            # condition valid="..." takes out of it. Of date-times: "timestamp < '2023-11-15'".
             train="timestamp < 1700000000",
             test="timestamp >= 1700000000",
             valid_fraction=0.05,

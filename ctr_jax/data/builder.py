@@ -30,6 +30,7 @@ import seqvault
 from ctr_jax.data import histories as histories_lib
 from ctr_jax.data import raw, vocabulary
 from ctr_jax.data import requests as requests_lib
+from ctr_jax.data.column_checks import check_columns
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.plan import Field, Plan
 from ctr_jax.data.records import HISTORIES, REQUEST, SPEC, record_dtype, request_features
@@ -146,6 +147,7 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         """Fits, builds the histories, and returns {split: (number of records, their stream)}."""
         plan, report = self.plan(self.options), self._report
         self.load(con, report)
+        check_columns(con, plan)
         report["bounds"] = requests_lib.split_impressions(con, plan)
         sizes = requests_lib.group_sizes(con, plan)
         check_splits(sizes)

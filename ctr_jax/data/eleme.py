@@ -33,6 +33,7 @@ from ctr_jax.data.errors import DataError
 from ctr_jax.data.inline import DAY, HOUR, flat_numbers, inline_records
 from ctr_jax.data.options import with_defaults
 from ctr_jax.data.plan import DEFAULT_BUCKETS, Field, Plan
+from ctr_jax.data.raw_files import find_files
 from ctr_jax.data.records import record_dtype
 from ctr_jax.data.report import table
 from ctr_jax.data.row_checks import check_rows
@@ -100,7 +101,7 @@ class Eleme(PreparedBuilder, skip_registration=True):
     @staticmethod
     def raw_files(options: Mapping[str, Any]) -> list[Path]:
         options = complete(options)
-        files = raw.find_files(options["raw_dir"], options["files"])
+        files = find_files(options["raw_dir"], options["files"])
         for path in files:
             day_of(path, options)
         return files

@@ -16,12 +16,14 @@ from typing import Any
 
 import duckdb
 
-from ctr_jax.data import raw
 from ctr_jax.data.builder import PreparedBuilder, Report
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.options import with_defaults
 from ctr_jax.data.plan import DEFAULT_BUCKETS, Field, Plan
-from ctr_jax.data.row_checks import check_rows, unique_key
+from ctr_jax.data.raw_files import file_columns, find_files
+from ctr_jax.data.raw_types import FLOATS, is_nan, not_of_type, refuse_lists
+from ctr_jax.data.row_checks import check_rows, equal, unique_key
+from ctr_jax.data.sql import own, sql_name
 
 UNITS = {"s": 1, "ms": 1000, "us": 1_000_000}
 DEFAULTS: dict[str, Any] = {
@@ -31,10 +33,10 @@ DEFAULTS: dict[str, Any] = {
     "valid_fraction": 0.05,
     "on_bad_row": "raise",
     "buckets": DEFAULT_BUCKETS,
-    "events": "events.parquet",  # file names or globs within raw_dir
-    "types": {},  # DuckDB types of CSV columns that the first rows do not tell
+    "events": "events.parquet",  # file names or globs, within raw_dir or absolute
+    "types": {},  # DuckDB types of columns that the first rows, or files, do not tell
     "user": "user",
-    "time": "time",  # a number in time_unit, or a timestamp, which without a zone is UTC's
+    "time": "time",  # a number in time_unit, or a date-time, which without a zone is UTC's
     "time_unit": "s",
     "time_floor": 0,  # seconds; every stored time is floored to a multiple of it
     "label": "label",  # 0 or 1 (or a condition), read where the event is a target
@@ -43,8 +45,8 @@ DEFAULTS: dict[str, Any] = {
     # one time bucket, at the time of its first event) or SQL of a request id.
     "request": "event",
     "ties": "strict",  # "order": the file's order decides what was before; "strict": earlier times
-    "train": "",  # conditions: which events are targets of which split
-    "valid": "",  # taken out of train; empty = the last valid_fraction of train by time
+    "train": "",  # conditions: which events are targets of which split; train comes before test
+    "valid": "",  # taken out of both; empty = the last valid_fraction of train by time
     "test": "",
     "items": "",  # file with one row per items_key; `item` is that key of an event
     "items_key": "item",
@@ -60,6 +62,8 @@ DEFAULTS: dict[str, Any] = {
     "vocabularies": {},  # {"group/column": vocabulary}; columns of one name share one
 }
 _PRIOR = {"file", "user", "items", "time", "behaviour"}
+# Beside raw columns, of which any name may be.
+_ITEM, _USER, _POSITION = own("item"), own("user"), own("position")
 
 
 class Events(PreparedBuilder, skip_registration=True):
@@ -68,10 +72,10 @@ class Events(PreparedBuilder, skip_registration=True):
     @staticmethod
     def raw_files(options: Mapping[str, Any]) -> list[Path]:
         options = complete(options)
-        files = raw.find_files(options["raw_dir"], options["events"])
+        files = find_files(options["raw_dir"], options["events"])
         for name in (options["items"], options["users"], options["prior"].get("file")):
             if name:
-                files += raw.find_files(options["raw_dir"], name)
+                files += find_files(options["raw_dir"], name)
         return files
 
     @staticmethod
@@ -108,9 +112,9 @@ class Events(PreparedBuilder, skip_registration=True):
     @staticmethod
     def shard_keys(options: Mapping[str, Any]) -> dict[str, str]:
         options = complete(options)
-        keys = {"raw_events": options["user"], "raw_users": raw.sql_name(options["users_key"])}
+        keys = {"raw_events": options["user"], "raw_users": sql_name(options["users_key"])}
         if options["prior"]:
-            keys["raw_prior"] = raw.sql_name(options["prior"]["user"])
+            keys["raw_prior"] = sql_name(options["prior"]["user"])
         return keys
 
     def load(self, con: duckdb.DuckDBPyConnection, report: Report) -> None:
@@ -118,25 +122,30 @@ class Events(PreparedBuilder, skip_registration=True):
 
         `prior` = dict(file, user, items, time, behaviour) adds the items of a list column, in
         order, to the history of its user at one time; `behaviour` gives SQL over `p` (the row, and
-        p.item) and `i` for the columns that differ from the events' own.
+        p.item, which hides a column of that name) and `i` for the columns that differ from the
+        events' own.
         """
         options = complete(self.options)
         _check_types(options)
         skip = {"on_bad_row": options["on_bad_row"], "types": options["types"]}
-        root = options["raw_dir"]
         events = self.read_table(
             con,
             "raw_events",
-            raw.find_files(root, options["events"]),
+            find_files(options["raw_dir"], options["events"]),
             report,
             numeric=(options["time"], options["label"]),
             **skip,
         )
         source = self._source(con, options, report, skip)
-        good = self._check(con, events, source, options, report)
+        if options["users"]:
+            files = find_files(options["raw_dir"], options["users"])
+            users = self.read_table(con, "raw_users", files, report, **skip)
+            unique_key(con, users, options["users_key"], type_of(con, options["user"], source))
+        checks = _event_checks(con, source, options)
+        good = check_rows(con, events, source, "e.rowid", checks, report, options["on_bad_row"])
 
         # The expression itself wherever it is needed: an alias would give way to a raw column.
-        time = time_value(con, options, source)
+        time = time_value(con, options, options["time"], source)
         request = options["request"]
         if request in ("event", "time"):
             request_key = ""
@@ -144,11 +153,7 @@ class Events(PreparedBuilder, skip_registration=True):
             request_key = f", {seconds(time, options)} // {request} AS request_key"
         else:
             request_key = f", ({request}) AS request_key"
-        columns = "".join(
-            f', ({sql}) AS "{group}/{name}"'
-            for group in ("context", "candidate", "behaviour")
-            for name, sql in options[group].items()
-        )
+        columns = "".join(f', ({sql}) AS "{key}"' for key, sql in _event_columns(options).items())
         con.execute(
             f"""
             CREATE OR REPLACE VIEW good_events AS
@@ -161,96 +166,143 @@ class Events(PreparedBuilder, skip_registration=True):
         )
         con.execute("CREATE OR REPLACE VIEW impressions AS SELECT * FROM good_events")
         self._create_behaviours(con, options, report, skip)
-        self._create_users(con, options, report, skip)
+        _create_users(con, options)
 
     def _source(self, con, options, report, skip) -> str:
         """FROM clause: events `e`, joined with their items `i` if there is an item table."""
         if not options["items"]:
             return "(SELECT rowid, * FROM raw_events) e"
-        files = raw.find_files(options["raw_dir"], options["items"])
+        files = find_files(options["raw_dir"], options["items"])
         items = self.read_table(con, "raw_items", files, report, **skip)
-        unique_key(con, items, options["items_key"])
-        return f"""(SELECT rowid, *, ({options["item"]}) AS item_of_event FROM raw_events e) e
-            LEFT JOIN raw_items i ON i."{options["items_key"]}" = e.item_of_event"""
-
-    def _check(self, con, events: raw.RawTable, source: str, options, report: Report) -> str:
-        user, time, label = (f"({options[k]})" for k in ("user", "time", "label"))
-        value = time_value(con, options, source)
-        number = f"TRY_CAST(TRY({label}) AS DOUBLE)"
-        target = f"({target_range(options)}) IS NOT NULL"
-        checks = {
-            "missing user": (f"{user} IS NULL", user),
-            "unparsable time": (f"{value} IS NULL", time),
-            "negative time": (f"{value} < 0", time),
-            **_too_late(value, time, options),
-            "label not 0 or 1": (
-                f"{target} AND ({number} IS NULL OR {number} NOT IN (0, 1))",
-                f"TRY({label})",
-            ),
-        }
-        request = options["request"]
-        if isinstance(request, str) and request not in ("event", "time"):
-            checks["missing request id"] = (f"({request}) IS NULL", f"({request})")
-        return check_rows(con, events, source, "e.rowid", checks, report, options["on_bad_row"])
+        kind = type_of(con, options["item"], "raw_events e")
+        refuse_lists(f"data.item {options['item']!r}", kind)
+        unique_key(con, items, options["items_key"], kind)
+        return f"""(SELECT rowid, *, ({options["item"]}) AS {_ITEM} FROM raw_events e) e
+            LEFT JOIN raw_items i ON {_equals_item(con, options, f"e.{_ITEM}", kind)}"""
 
     def _create_behaviours(self, con, options, report, skip) -> None:
-        own = "".join(f', "behaviour/{name}"' for name in options["behaviour"])
-        query = f"SELECT user_key, order_time, time, seq, keep {own} FROM good_events"
-        prior = options["prior"]
-        if prior:
-            files = raw.find_files(options["raw_dir"], prior["file"])
-            table = self.read_table(con, "raw_prior", files, report, **skip)
-            for column in (prior["user"], prior["items"], prior["time"]):
-                if column not in table.columns:
-                    raise DataError(
-                        f"{files[0]}: no column {column!r}; it has {list(table.columns)}"
-                    )
-            time = f'p."{prior["time"]}"'
-            checks = {
-                "missing or negative time": (f"{time} IS NULL OR {time} < 0", time),
-                **_too_late(time, time, options),
-            }
-            source = f'(SELECT rowid, * FROM raw_prior WHERE len("{prior["items"]}") > 0) p'
-            good = check_rows(con, table, source, "p.rowid", checks, report, options["on_bad_row"])
-            sql = {**options["behaviour"], **prior.get("behaviour", {})}
-            columns = "".join(
-                f', ({sql[name]}) AS "behaviour/{name}"' for name in options["behaviour"]
-            )
-            join = ""
-            if options["items"]:
-                join = f'LEFT JOIN raw_items i ON i."{options["items_key"]}" = p.item'
-            # Before the user's own events of the same time: negative seq, oldest first.
-            con.execute(
-                f"""
-                CREATE OR REPLACE VIEW prior_behaviours AS
-                SELECT p."{prior["user"]}" AS user_key, {time} AS order_time,
-                       {stored_time(time, options)} AS time, p.seq, TRUE AS keep {columns}
-                FROM (SELECT * EXCLUDE (position), rowid * 1000000 + position - {1 << 62} AS seq
-                    FROM (SELECT rowid, *, unnest("{prior["items"]}") AS item,
-                           generate_subscripts("{prior["items"]}", 1) AS position
-                    FROM raw_prior)) p {join} WHERE {good}"""
-            )
+        columns = "".join(f', "behaviour/{name}"' for name in options["behaviour"])
+        query = f"SELECT user_key, order_time, time, seq, keep {columns} FROM good_events"
+        if options["prior"]:
+            self._create_prior_behaviours(con, options, report, skip)
             query += " UNION ALL SELECT * FROM prior_behaviours"
         con.execute(f"CREATE OR REPLACE VIEW behaviours AS {query}")
 
-    def _create_users(self, con, options, report, skip) -> None:
-        columns = "".join(
-            f', ({sql}) AS "user/{name}"' for name, sql in options["user_columns"].items()
+    def _create_prior_behaviours(self, con, options, report, skip) -> None:
+        prior = options["prior"]
+        files = find_files(options["raw_dir"], prior["file"])
+        table = self.read_table(con, "raw_prior", files, report, **skip)
+        for column in (prior["user"], prior["items"], prior["time"]):
+            if column not in table.columns:
+                raise DataError(f"{files[0]}: no column {column!r}; it has {list(table.columns)}")
+        kind = table.columns[prior["items"]]
+        if not kind.endswith("]"):
+            raise DataError(f"{files[0]}: column {prior['items']!r} is {kind}, not one of lists")
+        user, items, time = (sql_name(prior[k]) for k in ("user", "items", "time"))
+        source = f"(SELECT rowid, * FROM raw_prior WHERE len({items}) > 0) p"
+        value = time_value(con, options, f"p.{time}", source)
+        checks = {
+            "missing or negative time": (f"{value} IS NULL OR {value} < 0", f"p.{time}"),
+            **_too_late(value, f"p.{time}", options),
+        }
+        good = check_rows(con, table, source, "p.rowid", checks, report, options["on_bad_row"])
+        sql = {**options["behaviour"], **prior.get("behaviour", {})}
+        columns = "".join(f', ({sql[name]}) AS "behaviour/{name}"' for name in options["behaviour"])
+        join = ""
+        if options["items"]:
+            equals = _equals_item(con, options, "p.item", kind[: kind.rindex("[")])
+            join = f"LEFT JOIN raw_items i ON {equals}"
+        hidden = [sql_name(c) for c in table.columns if c.lower() == "item"]
+        rest = f"* EXCLUDE ({hidden[0]})" if hidden else "*"
+        # Before the user's own events of the same time: negative seq, oldest first.
+        con.execute(
+            f"""
+            CREATE OR REPLACE VIEW prior_behaviours AS
+            SELECT p.{user} AS user_key, {value} AS order_time,
+                   {stored_time(value, options)} AS time,
+                   p.rowid * 1000000 + p.{_POSITION} - {1 << 62} AS seq, TRUE AS keep {columns}
+            FROM (SELECT rowid, {rest}, unnest({items}) AS item,
+                         generate_subscripts({items}, 1) AS {_POSITION}
+                  FROM raw_prior) p {join} WHERE {good}"""
         )
-        if not options["users"]:
-            query = f"""SELECT user_key {columns} FROM (
-                SELECT DISTINCT user_key, user_key AS "user" FROM good_events)"""
-        else:
-            files = raw.find_files(options["raw_dir"], options["users"])
-            users = self.read_table(con, "raw_users", files, report, **skip)
-            key = options["users_key"]
-            unique_key(con, users, key)
-            # The key itself is known even where the table lacks the user.
-            query = f"""SELECT user_key {columns} FROM (
-                SELECT k.user_key, u.* REPLACE (k.user_key AS "{key}")
-                FROM (SELECT DISTINCT user_key FROM good_events) k
-                LEFT JOIN raw_users u ON u."{key}" = k.user_key)"""
-        con.execute(f"CREATE OR REPLACE VIEW users AS {query}")
+
+
+def _event_columns(options: Mapping[str, Any]) -> dict[str, str]:
+    """{"group/name": SQL} of the columns of an event."""
+    groups = ("context", "candidate", "behaviour")
+    return {f"{group}/{name}": sql for group in groups for name, sql in options[group].items()}
+
+
+def _equals_item(con: duckdb.DuckDBPyConnection, options, item: str, kind: str) -> str:
+    """SQL that the item `i` is the one whose key is `item`, of a DuckDB type."""
+    key = f"i.{sql_name(options['items_key'])}"
+    return equal(key, type_of(con, key, "raw_items i"), item, kind)
+
+
+def _event_checks(
+    con: duckdb.DuckDBPyConnection, source: str, options: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
+    """The row checks of the events, as of check_rows."""
+    user, time, label = (f"({options[k]})" for k in ("user", "time", "label"))
+    value = time_value(con, options, time, source)
+    number = f"TRY_CAST(TRY({label}) AS DOUBLE)"
+    target = f"({target_range(options)}) IS NOT NULL"
+    checks = {
+        "missing user": (_missing(con, user, source, "data.user"), user),
+        "unparsable time": (f"{value} IS NULL", time),
+        "negative time": (f"{value} < 0", time),
+        **_too_late(value, time, options),
+        "label not 0 or 1": (
+            f"{target} AND ({number} IS NULL OR {number} NOT IN (0, 1))",
+            f"TRY({label})",
+        ),
+    }
+    request = options["request"]
+    if isinstance(request, str) and request not in ("event", "time"):
+        missing = _missing(con, f"({request})", source, "data.request")
+        checks["missing request id"] = (missing, f"({request})")
+    wanted = {
+        f"value of {key} that is no number": (sql, "DOUBLE")
+        for key, sql in _event_columns(options).items()
+        if options["kinds"].get(key, "id") != "id"
+    }
+    wanted["is_behaviour that is not true or false"] = (options["is_behaviour"], "BOOLEAN")
+    for table, sql in (("items", f"e.{_ITEM}"), ("users", user)):
+        if options[table]:
+            kind = type_of(con, sql_name(options[f"{table}_key"]), f"raw_{table}")
+            wanted[f"value that is no {kind}, as {table}_key is"] = (sql, kind)
+    for what, (sql, kind) in wanted.items():
+        if kind != "VARCHAR" == type_of(con, sql, source):
+            checks[what] = (not_of_type(f"({sql})", kind), f"({sql})")
+    return checks
+
+
+def _missing(con: duckdb.DuckDBPyConnection, sql: str, source: str, option: str) -> str:
+    """SQL predicate of a user or request id that is missing: as NaN and '' are in any id column."""
+    kind = type_of(con, sql, source)
+    refuse_lists(option, kind)
+    if kind in FLOATS:
+        return f"({sql} IS NULL OR {is_nan(sql)})"
+    return f"({sql} IS NULL OR {sql} IN ('', 'nan'))" if kind == "VARCHAR" else f"{sql} IS NULL"
+
+
+def _create_users(con: duckdb.DuckDBPyConnection, options: Mapping[str, Any]) -> None:
+    columns = "".join(
+        f', ({sql}) AS "user/{name}"' for name, sql in options["user_columns"].items()
+    )
+    users = "SELECT DISTINCT user_key FROM good_events"
+    if not options["users"]:
+        query = (
+            f'SELECT user_key {columns} FROM (SELECT user_key, user_key AS "user" FROM ({users}))'
+        )
+    else:
+        key = sql_name(options["users_key"])
+        kinds = type_of(con, "user_key", "good_events"), type_of(con, key, "raw_users")
+        # The key itself is known even where the table lacks the user.
+        query = f"""SELECT {_USER} AS user_key {columns} FROM (
+            SELECT k.user_key AS {_USER}, u.* REPLACE (k.user_key AS {key}) FROM ({users}) k
+            LEFT JOIN raw_users u ON {equal("k.user_key", kinds[0], f"u.{key}", kinds[1])})"""
+    con.execute(f"CREATE OR REPLACE VIEW users AS {query}")
 
 
 def complete(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,8 +326,8 @@ def complete(options: Mapping[str, Any]) -> dict[str, Any]:
 def _check_types(options: Mapping[str, Any]) -> None:
     """Raises DataError if `types` names a column that no raw table has."""
     tables = (options["events"], options["items"], options["users"], options["prior"].get("file"))
-    firsts = [raw.find_files(options["raw_dir"], files)[0] for files in tables if files]
-    known = {column for path in firsts for column in raw.file_columns(path)}
+    firsts = [find_files(options["raw_dir"], files)[0] for files in tables if files]
+    known = {column for path in firsts for column in file_columns(path) if column}
     if unknown := sorted(set(options["types"]) - known):
         raise DataError(f"data.types names {unknown}; the raw tables have {sorted(known)}")
 
@@ -299,14 +351,21 @@ def target_range(options: Mapping[str, Any]) -> str:
     return f"CASE {cases} END"
 
 
-def time_value(con: duckdb.DuckDBPyConnection, options: Mapping[str, Any], source: str) -> str:
-    """SQL of an event's time in `time_unit`, as BIGINT or DOUBLE; NULL where it cannot be read."""
-    time, unit = f"({options['time']})", UNITS[options["time_unit"]]
-    kind = con.execute(f"DESCRIBE SELECT {time} AS time FROM {source}").fetchone()[1]
+def type_of(con: duckdb.DuckDBPyConnection, sql: str, source: str) -> str:
+    """The DuckDB type of an expression."""
+    return con.execute(f"DESCRIBE SELECT ({sql}) AS value FROM {source}").fetchone()[1]
+
+
+def time_value(
+    con: duckdb.DuckDBPyConnection, options: Mapping[str, Any], time: str, source: str
+) -> str:
+    """SQL of a time in `time_unit`, as BIGINT or DOUBLE; NULL where it cannot be read."""
+    time, unit, kind = f"({time})", UNITS[options["time_unit"]], type_of(con, time, source)
     if kind.startswith(("TIMESTAMP", "DATE")):
         return f"CAST(floor(epoch_us(CAST({time} AS TIMESTAMP)) / {1_000_000 // unit}) AS BIGINT)"
-    if kind in ("DOUBLE", "FLOAT") or kind.startswith("DECIMAL"):
-        return f"CASE WHEN isfinite(CAST({time} AS DOUBLE)) THEN CAST({time} AS DOUBLE) END"
+    if kind in ("VARCHAR", *FLOATS) or kind.startswith("DECIMAL"):
+        number = f"TRY_CAST({time} AS DOUBLE)"
+        return f"CASE WHEN isfinite({number}) THEN {number} END"
     return f"TRY_CAST({time} AS BIGINT)"
 
 

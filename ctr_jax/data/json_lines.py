@@ -9,7 +9,8 @@ from typing import Any
 import duckdb
 
 from ctr_jax.data.errors import DataError
-from ctr_jax.data.raw import RawTable, sql_name, sql_text
+from ctr_jax.data.raw import RawTable
+from ctr_jax.data.sql import sql_name, sql_path, sql_text
 
 LONGEST_LINE = 4 << 20  # bytes, of a line; DuckDB takes 16 of these at once
 
@@ -43,7 +44,7 @@ def load(
     columns = ", ".join(f"found[{i + 1}] AS {sql_name(c)}" for i, c in enumerate(fields))
     # One column of whole lines: the delimiter is a character that JSON writes as an escape.
     lines = (
-        f"read_csv({sql_text(path)}, columns = {{'line': 'VARCHAR'}}, header = false, "
+        f"read_csv({sql_path(path)}, columns = {{'line': 'VARCHAR'}}, header = false, "
         f"auto_detect = false, delim = chr(1), quote = '', escape = '', "
         f"max_line_size = {LONGEST_LINE})"
     )

@@ -15,7 +15,12 @@ Everything else (vocabularies, splits, histories, requests, records) is the same
 from __future__ import annotations
 
 import dataclasses
+import numbers
+from collections.abc import Iterable
 
+import numpy as np
+
+import seqvault
 from ctr_jax.data.errors import DataError
 from ctr_jax.features import GROUPS, DataColumn
 
@@ -46,6 +51,8 @@ class Field:
             raise DataError(f"column {self.key!r}: behaviours are ids; use kind 'quantile'")
         if not self.vocabulary:
             object.__setattr__(self, "vocabulary", self.name)
+        if not self.name or '"' in self.name:
+            raise DataError(f"column {self.key!r}: a name needs a character, and none may be '\"'")
         if "/" in self.vocabulary:
             raise DataError(f"vocabulary {self.vocabulary!r} names a file; use no '/' in it")
 
@@ -98,14 +105,19 @@ class Plan:
     own_valid: bool = False
 
     def __post_init__(self) -> None:
-        if self.request not in ("event", "time", "key") or self.ties not in ("strict", "order"):
-            raise DataError(f"no such request {self.request!r} or ties {self.ties!r}")
+        if self.request not in ("event", "time", "key"):
+            raise DataError(f"no such request {self.request!r}")
+        if self.ties not in ("strict", "order"):
+            raise DataError(f"ties is {self.ties!r}; use 'strict' or 'order'")
         if self.ties == "order" and self.request != "event":
             raise DataError("ties = 'order' needs request = 'event': the file's order is the time")
+        for name in ("max_candidates", "min_count", "buckets"):
+            if not isinstance(getattr(self, name), numbers.Integral):
+                raise DataError(f"{name} is {getattr(self, name)!r}; use a whole number")
         if self.max_candidates < 1 or self.min_count < 1 or self.buckets < 2:
             raise DataError("max_candidates and min_count must be at least 1, buckets at least 2")
-        if not 0 < self.valid_fraction < 1:
-            raise DataError(f"valid_fraction is {self.valid_fraction}; use a fraction in (0, 1)")
+        if not (isinstance(self.valid_fraction, numbers.Real) and 0 < self.valid_fraction < 1):
+            raise DataError(f"valid_fraction is {self.valid_fraction!r}; use a fraction in (0, 1)")
         keys = [f.key for f in self.fields]
         if twice := sorted({k for k in keys if keys.count(k) > 1}):
             raise DataError(f"columns {twice} are declared twice")
@@ -119,6 +131,14 @@ class Plan:
                     f"vocabulary {field.vocabulary!r} is both {kinds[field.vocabulary]!r} and "
                     f"{field.kind!r}; give {field.key!r} a vocabulary of its own"
                 )
+        # DuckDB and some file systems take names that differ in case alone for one.
+        _check_distinct("columns", keys)
+        _check_distinct("vocabularies", kinds)
+        if not self.inline_history:
+            try:
+                seqvault.Schema({f.name: np.int32 for f in self.group("behaviour")})
+            except seqvault.VaultError as error:
+                raise DataError(f"behaviour columns: {error}") from error
 
     def group(self, *groups: str) -> tuple[Field, ...]:
         return tuple(f for f in self.fields if f.group in groups)
@@ -130,3 +150,13 @@ class Plan:
             if field.kind == kind:
                 found.setdefault(field.vocabulary, []).append(field)
         return found
+
+
+def _check_distinct(what: str, names: Iterable[str]) -> None:
+    """Raises DataError if two names are equal but for case."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.setdefault(name.lower(), name)) != name:
+            raise DataError(
+                f"{what} {other!r} and {name!r} have one name, case not counting; rename one"
+            )

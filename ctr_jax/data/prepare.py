@@ -24,7 +24,7 @@ import duckdb
 from ml_collections import ConfigDict
 
 from ctr_jax.data.errors import DataError
-from ctr_jax.data.raw import distinct_names
+from ctr_jax.data.raw_files import distinct_names
 
 BUILDERS = {
     "alibaba": "ctr_jax.data.alibaba:Alibaba",
@@ -66,8 +66,13 @@ def prepare(config: ConfigDict, engine: Callable[..., Any] | None = None) -> Pat
                 try:
                     builder.download_and_prepare()
                 except duckdb.Error as error:
+                    hint = (
+                        "; TRY_CAST gives NULL where an expression cannot convert a value"
+                        if isinstance(error, duckdb.ConversionException)
+                        else ""
+                    )
                     raise DataError(
-                        f"{options['raw_dir']}: {type(error).__name__}: {_short(error)}"
+                        f"{options['raw_dir']}: {type(error).__name__}: {_short(error)}{hint}"
                     ) from error
     return directory
 
@@ -160,7 +165,7 @@ def main() -> None:
         try:
             generate(config_flag.value.data)
             print(prepare(config_flag.value.data))
-        except DataError as error:
+        except command_line.mendable() as error:
             raise SystemExit(f"error: {error}") from None
 
     command_line.run(run)

@@ -64,7 +64,7 @@ def main() -> None:
         try:
             generate(config_flag.value.data)
             print(prepare_beam(config_flag.value.data, shards.value, pipeline_flags))
-        except DataError as error:
+        except command_line.mendable() as error:
             raise SystemExit(f"error: {error}") from None
 
     app.run(run, argv=sys.argv, flags_parser=parse)

@@ -15,6 +15,7 @@ import numpy as np
 
 import seqvault
 from ctr_jax.data.plan import Plan
+from ctr_jax.data.sql import from_parquet
 from ctr_jax.data.vocabulary import Encoder
 
 SPLITS = ("train", "valid", "test")
@@ -211,7 +212,7 @@ def split_records(
     select = "".join(f", {e.sql('i')}" for e in encoders)
     end, join = "", ""
     if plan.ties == "order":
-        end, join = ', e."end"', f"JOIN read_parquet('{_quoted(ends)}') e ON e.seq = i.seq"
+        end, join = ', e."end"', f"JOIN {from_parquet(ends)} e ON e.seq = i.seq"
     keys = ['u."user"' if k == "user_key" else f"i.{k}" for k in _GROUP[plan.request]]
     groups = keys + (_contexts(plan, "i") if plan.request != "event" else [])
     query = f"""
@@ -298,7 +299,3 @@ def _fill(
     records["label"][record, slot] = rows["label"]
     records["num_candidates"] = np.bincount(record, minlength=len(records))
     return records
-
-
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")

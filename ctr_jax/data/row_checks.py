@@ -8,7 +8,9 @@ from typing import Any
 import duckdb
 
 from ctr_jax.data.errors import DataError
-from ctr_jax.data.raw import RawTable, sql_name, sql_text
+from ctr_jax.data.raw import RawTable
+from ctr_jax.data.raw_types import not_of_type, refuse_lists
+from ctr_jax.data.sql import sql_name, sql_text
 
 
 def check_rows(
@@ -58,15 +60,37 @@ def check_rows(
     return f"(({reason}) IS NULL)" if bad_rows else "TRUE"
 
 
-def unique_key(con: duckdb.DuckDBPyConnection, table: RawTable, column: str) -> None:
-    """Raises DataError if a table lacks its key column or two of its rows share a key."""
+def unique_key(
+    con: duckdb.DuckDBPyConnection, table: RawTable, column: str, kind: str = ""
+) -> None:
+    """Checks the key column of a table.
+
+    Args:
+      kind: the DuckDB type of what is compared with it by `equal`, if not the key's own.
+    Raises:
+      DataError: there is no such column, a key is a text that is not of that type, or two rows
+        share a key.
+    """
     if column not in table.columns:
         raise DataError(
             f"{table.files[0]}: no column {column!r}; the file has {list(table.columns)}"
         )
+    refuse_lists(f"{table.files[0]}: column {column!r}", table.columns[column])
+    key = sql_name(column)
+    if kind and kind != "VARCHAR" == table.columns[column]:
+        bad = con.execute(
+            f"SELECT rowid, {key} FROM {table.name} WHERE {not_of_type(key, kind)} "
+            "ORDER BY 1 LIMIT 1"
+        ).fetchone()
+        if bad is not None:
+            raise DataError(
+                f"{table.place(bad[0])}: {column} {bad[1]!r} is no {kind}, as what refers to it "
+                "is; correct the row, or set data.types",
+                order=(0, table.name, bad[0]),
+            )
+        key = f"TRY_CAST({key} AS {kind})"
     twice = con.execute(
-        f"SELECT {sql_name(column)}, max(rowid) FROM {table.name} "
-        f"WHERE {sql_name(column)} IS NOT NULL "
+        f"SELECT {key}, max(rowid) FROM {table.name} WHERE {key} IS NOT NULL "
         "GROUP BY 1 HAVING count(*) > 1 ORDER BY 2 LIMIT 1"
     ).fetchone()
     if twice is not None:
@@ -74,3 +98,15 @@ def unique_key(con: duckdb.DuckDBPyConnection, table: RawTable, column: str) -> 
             f"{table.place(twice[1])}: {column} {twice[0]!r} occurs twice; keep one row",
             order=(0, table.name, twice[1]),
         )
+
+
+def equal(left: str, left_kind: str, right: str, right_kind: str) -> str:
+    """SQL of equality; a text beside another type is read as that, and equals nothing if it isn't.
+
+    DuckDB's own comparison would fail there, without the row.
+    """
+    if left_kind == right_kind or "VARCHAR" not in (left_kind, right_kind):
+        return f"{left} = {right}"
+    if left_kind == "VARCHAR":
+        return f"TRY_CAST({left} AS {right_kind}) = {right}"
+    return f"{left} = TRY_CAST({right} AS {left_kind})"

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.plan import Field, Plan
+from ctr_jax.data.raw_types import FLOATS, INTEGERS
 from ctr_jax.features import FIRST_KNOWN, MISSING, OOV
 
-_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
 _BATCH_ROWS = 1 << 16
 _VIEWS = {"user": "users", "behaviour": "behaviours"}
 
@@ -38,16 +38,20 @@ def column_types(con: duckdb.DuckDBPyConnection, view: str) -> dict[str, str]:
 
 
 def id_type(con: duckdb.DuckDBPyConnection, plan: Plan, fields: list[Field]) -> str:
-    """BIGINT if every field of a vocabulary is an integer, else VARCHAR."""
+    """BIGINT if every field of a vocabulary is an integer, else VARCHAR.
+
+    Floats beside integers are whole numbers: column_checks refuses others.
+    """
     types = {column_types(con, view_of(plan, f.group))[f.key] for f in fields}
-    return "BIGINT" if types <= set(_INTEGERS) else "VARCHAR"
+    whole = types <= {*INTEGERS, *FLOATS} and types & set(INTEGERS)
+    return "BIGINT" if whole else "VARCHAR"
 
 
 def raw_value(field: Field, type_name: str, alias: str = "") -> str:
     """SQL of a field's raw value in its vocabulary's type; NaN and '' are missing."""
     column = f'{alias}."{field.key}"' if alias else f'"{field.key}"'
     if type_name == "BIGINT":
-        return f"CAST({column} AS BIGINT)"
+        return f"TRY_CAST({column} AS BIGINT)"  # NaN gives NULL
     return f"NULLIF(NULLIF(CAST({column} AS VARCHAR), ''), 'nan')"
 
 

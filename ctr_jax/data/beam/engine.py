@@ -25,15 +25,17 @@ import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions
 
 import seqvault
-from ctr_jax.data import raw, vocabulary
 from ctr_jax.data import requests as requests_lib
+from ctr_jax.data import vocabulary
 from ctr_jax.data.beam import rows, shards
 from ctr_jax.data.beam.merging import merged
 from ctr_jax.data.builder import SCRATCH, VOCABULARIES, PreparedBuilder, Report, check_splits
+from ctr_jax.data.column_checks import check_columns
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.plan import Plan
-from ctr_jax.data.raw import sql_text
+from ctr_jax.data.raw_files import distinct_names
 from ctr_jax.data.records import HISTORIES, record_dtype
+from ctr_jax.data.sql import from_parquet, plain_path, sql_text
 
 _WRITE_ROWS = 1 << 16
 
@@ -55,6 +57,7 @@ def prepare_splits(
     """
     plan, report = builder.plan(builder.options), builder._report
     job = rows.describe(builder, con, directory / SCRATCH, shards_wanted)
+    check_columns(con, plan)  # over no rows
     requests_lib.split_impressions(con, plan)  # over no rows: the types of the views
     job = _parse(job, report, flags)
     report["bounds"] = bounds = _find_bounds(job, con, plan, report, flags)
@@ -67,7 +70,7 @@ def prepare_splits(
         con,
         plan,
         directory / VOCABULARIES,
-        lambda fields: f"SELECT * FROM {sql_text(_counts_file(job, names[id_fields(fields)]))}",
+        lambda fields: f"SELECT * FROM {from_parquet(_counts_file(job, names[id_fields(fields)]))}",
     )
 
     with beam.Pipeline(options=PipelineOptions(list(flags))) as pipeline:
@@ -110,20 +113,24 @@ def _parse(job: rows.Job, report: Report, flags: Sequence[str]) -> rows.Job:
         )
     first: dict[str, list[int]] = {name: [] for name in job.tables}
     rejected: dict[str, dict[int, np.ndarray]] = {name: {} for name in job.tables}
+    misfits: dict[str, dict[int, np.ndarray]] = {name: {} for name in job.tables}
     total = Counter()
-    names = {t.name: raw.distinct_names(t.files) for t in job.tables.values()}
+    names = {t.name: distinct_names(t.files) for t in job.tables.values()}
     for name, i in files:
         result = json.loads(job.result(f"parse-{name}-{i}").read_text())
         if "error" in result:
             raise DataError(result["error"])
         first[name].append(total[name])
         rejected[name][i] = np.asarray(result["rejected"], np.int64)
+        misfits[name][i] = np.asarray(result["misfits"], np.int64)
         rows_read = sum(result["rows"].values())
         total[name] += rows_read
         report["rows"][names[name][job.tables[name].files[i]]] = rows_read
         _add(report["skipped"], result["skipped"])
     tables = {
-        name: dataclasses.replace(table, first=tuple(first[name]), rejected=rejected[name])
+        name: dataclasses.replace(
+            table, first=tuple(first[name]), rejected=rejected[name], misfits=misfits[name]
+        )
         for name, table in job.tables.items()
     }
     return dataclasses.replace(job, tables=tables)
@@ -152,7 +159,7 @@ def _find_bounds(
     for result in results:
         for kind in ("skipped", "dropped"):
             _add(report[kind], result[kind])
-    source = sql_text(_or_empty(path, schema))
+    source = from_parquet(_or_empty(path, schema))
     con.execute(f"CREATE OR REPLACE TABLE moments AS SELECT * FROM {source}")
     return requests_lib.find_bounds(con, plan)
 
@@ -267,7 +274,7 @@ def _or_empty(path: Path, schema: pa.Schema) -> Path:
 def _number_users(job: rows.Job, con: duckdb.DuckDBPyConnection) -> None:
     """Numbers all users in the order of their keys and tells each shard the numbers of its own."""
     files = [
-        str(path)
+        plain_path(path)
         for shard in range(job.shards)
         if (path := shards.by_user(job, "users", shard) / shards.USERS).exists()
     ]

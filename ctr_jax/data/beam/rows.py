@@ -29,9 +29,11 @@ from ctr_jax.data import raw
 from ctr_jax.data.builder import PreparedBuilder, Report, connect
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.prepare import find_builder, make_builder
+from ctr_jax.data.sql import from_parquet, own, sql_name
 
 SIDE = -1  # the shard of the rows that every worker needs
 _BATCH_ROWS = 1 << 16
+_FILE, _FIRST, _SHARD = own("file"), own("first"), own("shard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Table:
       how: the other options of raw.load.
       user: SQL of the user that a row belongs to; "" = every worker needs the row.
       first: the rowid of each file's first row, once the files are parsed.
-      rejected: as of RawTable, likewise.
+      rejected, misfits: as of RawTable, likewise.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Table:
     user: str
     first: tuple[int, ...] = ()
     rejected: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    misfits: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +149,7 @@ class ParseFile(beam.DoFn):
                 report["error"] = str(error)
             else:
                 report["rejected"] = loaded.rejected.get(0, np.empty(0)).tolist()
+                report["misfits"] = loaded.misfits.get(0, np.empty(0)).tolist()
                 yield from self._batches(con, table, number)
         write_result(self.job.result(f"parse-{name}-{number}"), report)
 
@@ -154,13 +158,14 @@ class ParseFile(beam.DoFn):
         if table.user:
             share = f"md5_number_lower(CAST(({table.user}) AS VARCHAR)) % {self.job.shards}"
             shard = f"coalesce(CAST({share} AS INTEGER), 0)"
-        select = f"* EXCLUDE (rowid), {number} AS file, rowid AS rowid, {shard} AS shard"
-        query = f"SELECT * FROM ({_rows_of(table, select)}) ORDER BY shard, rowid"
+        select = f"* EXCLUDE (rowid), {number} AS {_FILE}, rowid AS rowid, {shard} AS {_SHARD}"
+        query = f"SELECT * FROM ({_rows_of(table, select)}) ORDER BY {_SHARD}, rowid"
         for batch in con.cursor().sql(query).to_arrow_reader(_BATCH_ROWS):
-            shards = batch["shard"].to_numpy()
+            *_, shard_column = batch.schema.names
+            shards = batch[shard_column].to_numpy()
             for shard in sorted(set(shards.tolist())):
                 first, last = shards.searchsorted([shard, shard + 1])
-                rows = batch.slice(first, last - first).drop_columns(["shard"])
+                rows = batch.slice(first, last - first).drop_columns([shard_column])
                 sink = pa.BufferOutputStream()
                 with pa.ipc.new_stream(sink, rows.schema) as writer:
                     writer.write_batch(rows)
@@ -198,22 +203,23 @@ def open_shard(job: Job, shard: int, con: duckdb.DuckDBPyConnection, report: Rep
         del how
         table = job.tables[name]
         path = job.rows(shard if table.user else SIDE) / f"{name}.parquet"
-        columns = ", ".join(map(raw.sql_name, table.columns))
+        columns = ", ".join(map(sql_name, table.columns))
         if path.exists():
             places = ", ".join(f"({i}, {first})" for i, first in enumerate(table.first))
             con.execute(
                 f"""
-                CREATE VIEW {name} AS SELECT {columns}, filename, rowid + o.first AS rowid
-                FROM read_parquet({raw.sql_text(path)})
-                JOIN (VALUES {places}) o(file, first) USING (file)"""
+                CREATE VIEW {name} AS SELECT {columns}, filename, rowid + o.{_FIRST} AS rowid
+                FROM {from_parquet(path)}
+                JOIN (VALUES {places}) o({_FILE}, {_FIRST}) USING ({_FILE})"""
             )
         else:
-            types = ", ".join(f"{raw.sql_name(c)} {t}" for c, t in table.columns.items())
+            types = ", ".join(f"{sql_name(c)} {t}" for c, t in table.columns.items())
             con.execute(f"CREATE TABLE {name} ({types}, filename VARCHAR, rowid BIGINT)")
         header = table.how.get("header", True)
         return raw.RawTable(
-            name, list(files), list(table.first), dict(table.columns), header, dict(table.rejected)
-        )
+            name, list(files), list(table.first), dict(table.columns), header,
+            dict(table.rejected), dict(table.misfits),
+        )  # fmt: skip
 
     builder.read_table = read_table
     builder.load(con, report)

@@ -23,10 +23,11 @@ from ctr_jax.data import requests as requests_lib
 from ctr_jax.data import vocabulary
 from ctr_jax.data.beam.merging import Block
 from ctr_jax.data.beam.rows import Job, appearing, local_database, open_shard, write_result
+from ctr_jax.data.column_checks import check_columns
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.plan import Field, Plan
-from ctr_jax.data.raw import sql_text
 from ctr_jax.data.records import HISTORIES, record_dtype
+from ctr_jax.data.sql import from_parquet, sql_text
 
 MOMENTS = "moments"
 USERS = "users.parquet"
@@ -59,6 +60,7 @@ class CountMoments(beam.DoFn):
         with local_database(self.job.options) as con:
             try:
                 builder = open_shard(self.job, shard, con, report)
+                check_columns(con, builder.plan(builder.options))
             except DataError as error:
                 report["error"], report["order"] = str(error), error.order
             else:
@@ -126,8 +128,8 @@ class Encode(beam.DoFn):
             if not con.execute("SELECT count(*) FROM user_ids").fetchone()[0]:
                 return
             for name in plan.vocabularies("id"):
-                path = sql_text(self.vocabularies / f"{name}.parquet")
-                con.execute(f"CREATE TABLE {vocabulary.table_name(name)} AS SELECT * FROM {path}")
+                source = from_parquet(self.vocabularies / f"{name}.parquet")
+                con.execute(f"CREATE TABLE {vocabulary.table_name(name)} AS SELECT * FROM {source}")
             ends = directory / "ends.parquet"
             histories_lib.build_histories(con, plan, self.dense, directory / HISTORIES, ends)
             encoders = builder.encoders(self.vocabularies, self.dense)

@@ -94,6 +94,36 @@ def test_a_log_of_events_for_any_number_of_shards(tmp_path, changes):
     compare(test_events.config(tmp_path, **changes), tmp_path, (1, 3, 8))
 
 
+def test_columns_and_folders_of_any_name_and_rows_that_do_not_fit(tmp_path):
+    log = raw_logs.draw(0)
+    for number, event in enumerate(log["events"]):
+        event.update(file=number % 2, first=7, shard=number % 2)
+    directory = tmp_path / "b[1]*"
+    raw_logs.write(directory / "raw", log, "csv", parts=2)
+    for name in ("events-0.csv", "events-1.csv"):
+        with open(directory / "raw" / name, "a") as file:
+            file.write("7,3.5,1000300,4,a,10000,0,7,0\n")
+    types = {"item": "BIGINT"}
+    config = test_events.config(
+        directory, events="events-*.csv", types=types, ties="order", on_bad_row="skip"
+    )
+    compare(config, directory, (3,))
+
+
+def test_columns_that_cannot_share_ids_get_the_same_message(tmp_path):
+    log = raw_logs.draw(0)
+    for number, event in enumerate(log["events"]):
+        event["clicked"] = event["item"] + (0.5 if number == 100 else 0.0)
+    raw_logs.write(tmp_path / "raw", log, "parquet")
+    config = test_events.config(tmp_path, behaviour={"item": "clicked"})
+    messages = []
+    for run in (prepare, lambda c: prepare_beam(c, 2)):
+        with pytest.raises(DataError, match="vocabulary 'item'") as error:
+            run(config)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
 def test_of_several_bad_rows_the_embedded_engines_first_is_named(tmp_path):
     log = raw_logs.draw(0)
     for row in (120, 60, 61, 300):
@@ -105,6 +135,32 @@ def test_of_several_bad_rows_the_embedded_engines_first_is_named(tmp_path):
     with pytest.raises(DataError) as found:
         prepare_beam(config, 8)
     assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("column", ["user", "session"])
+def test_nan_is_missing_beside_numbers_of_the_same_file(tmp_path, column):
+    log = raw_logs.draw(0)
+    for number, event in enumerate(log["events"]):
+        event[column] = float("nan") if number == 60 else float(event[column])
+    raw_logs.write(tmp_path / "raw", log, "parquet")
+    config = test_events.config(tmp_path, request="e.session", max_candidates=4)
+    messages = []
+    for run in (prepare, lambda c: prepare_beam(c, 2)):
+        with pytest.raises(DataError, match="row group 1, row 10: missing") as error:
+            run(config)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_user_that_occurs_twice_is_named_before_a_bad_event(tmp_path):
+    log = raw_logs.draw(0)
+    log["events"][60]["ts"] = -1
+    log["users"].append(dict(log["users"][2]))
+    raw_logs.write(tmp_path / "raw", log, "parquet")
+    config = test_events.config(tmp_path, users="users.parquet")
+    for run in (prepare, lambda c: prepare_beam(c, 3)):
+        with pytest.raises(DataError, match="users.parquet: .* occurs twice"):
+            run(config)
 
 
 def test_a_malformed_row_gets_the_same_message(tmp_path):
@@ -122,11 +178,12 @@ def test_a_malformed_row_gets_the_same_message(tmp_path):
 
 def test_a_line_behind_skipped_ones_gets_the_same_message(tmp_path):
     raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "csv", parts=2)
-    lines = ["user,age", "x,y,z", *(f"{user},20" for user in range(100, 120)), "105,30"]
+    lines = ["user,age", "x,y,z", *(f"{user},20" for user in range(100, 120)), "7.5,1", "105,30"]
     (tmp_path / "raw" / "users.csv").write_text("\n".join(lines))
     options = {"events": "events-*.csv", "users": "users.csv", "on_bad_row": "skip"}
+    options["types"] = {"user": "BIGINT"}
     for run in (prepare, lambda c: prepare_beam(c, 2)):
-        with pytest.raises(DataError, match=r"users.csv: line 23: user 105 occurs twice"):
+        with pytest.raises(DataError, match=r"users.csv: line 24: user 105 occurs twice"):
             run(test_events.config(tmp_path, **options))
 
 
