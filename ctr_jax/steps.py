@@ -182,7 +182,8 @@ def train_step(experiment: Experiment) -> Callable:
     With `config.micro_batch` the model sees the batch in parts whose gradients add up; ids are made
     distinct, and tables updated, once for the whole batch.
 
-    scalars: loss (what is minimised), logloss, and the norms of gradients and parameters.
+    scalars: loss (what is minimised), logloss, and the norms of gradients, of the model's parameters
+    and their updates, and of the tables' rows in the batch, updated.
     """
     config, columns = experiment.config, experiment.columns
     gradients = _gradients(experiment)
@@ -222,6 +223,7 @@ def train_step(experiment: Experiment) -> Callable:
             "norm_gradients": norm,
             "norm_parameters": optax.tree.norm(params),
             "norm_updates": optax.tree.norm(updates),
+            "norm_rows": jnp.sqrt(table_optimizers.touched_squared_norm(tables, plan)),
         }
         state = {
             "tables": tables,

@@ -25,8 +25,8 @@ from ctr_jax.writers import MetricWriter, Progress, write_json
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss, or the norm of gradients or parameters, became NaN or infinite; the message names
-    the step and requests of its batch."""
+    """The loss, or a norm of gradients, updates, parameters or table rows, became NaN or infinite;
+    the message names the step and requests of its batch."""
 
 
 def train(config: ConfigDict, workdir: str | Path, *, resume_anyway: bool = False) -> dict:

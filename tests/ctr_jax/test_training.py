@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ctr_jax import evaluation, sharding, steps
+from ctr_jax import embedding, evaluation, sharding, steps
 from ctr_jax.checkpoints import Checkpoints, ConfigMismatch
 from ctr_jax.config import ConfigError, identity
 from ctr_jax.data import open_data, pipeline
@@ -106,6 +106,20 @@ def test_parameters_that_leave_the_numbers_are_not_saved(small_config, tmp_path)
     small_config.optimizer.update(dict(name="sgd", learning_rate=1e30))
     small_config.checkpoint_steps = 1
     with pytest.raises(NonFiniteLoss, match="norm_[a-z]* is (inf|nan) at step 1"):
+        train(small_config, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("table", [1, 2])
+@pytest.mark.parametrize("dense", [True, False])
+def test_tables_that_leave_the_numbers_are_not_saved(
+    small_config, tmp_path, monkeypatch, dense, table
+):
+    # Loss and gradients are of before the update: only the rows themselves show it.
+    small_config.table_optimizer.update(dict(name="sgd", learning_rate=3e38, weight_decay=1e4))
+    small_config.checkpoint_steps, small_config.mesh.table = 1, table
+    monkeypatch.setattr(embedding, "takes_dense_path", lambda rows, ids: dense)
+    with pytest.raises(NonFiniteLoss, match="norm_rows is (inf|nan) at step 1"):
         train(small_config, tmp_path)
     assert not list(tmp_path.glob("checkpoints/*"))
 
