@@ -137,7 +137,7 @@ def _train(
                 progress.report(step, _one_line(measured))
 
             if save:
-                checkpoints.prune()  # the save before this one is written by now
+                checkpoints.prune()  # waits for the save before this one, if it must
                 checkpoints.save(state, whoami)
                 if config.validate and not stopped:
                     valid = measure(step, state)
