@@ -47,7 +47,7 @@ def main(argv):
 
     devices = CPU_DEVICES.value
     if PLAN.value and PLAN.value.startswith("cpu:") and PLAN.value[4:].isdigit():
-        devices = int(PLAN.value[4:])
+        devices = max(1, int(PLAN.value[4:]))  # "cpu:0" is the planner's to refuse
     jax.config.update("jax_num_cpu_devices", devices)  # only CPU backends read it
     logging.set_verbosity(logging.INFO)
     try:
@@ -69,6 +69,8 @@ def main(argv):
         processes.leave(f"{type(error).__name__}: {error}")
     except jax.errors.JaxRuntimeError as error:
         processes.leave_broken(error)
+    except Exception as error:
+        processes.leave_unforeseen(error)
     logging.info("done: %s", done)
 
 

@@ -22,7 +22,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from ctr_jax import manifests, processes
+from ctr_jax.config import without_speed
 from ctr_jax.sharding import path_name
+from ctr_jax.writers import read_json
 
 # What only the optimizer needs is its own item: an evaluator never reads it.
 WEIGHTS = ("tables", "model", "model_state", "step")
@@ -59,6 +61,7 @@ class Checkpoints:
         self.workdir = Path(workdir).absolute()
         self._directory = self.workdir / "checkpoints"
         self._keep_last, self._best_metric = keep_last, best_metric
+        self._unsettled = False  # whether a save was begun since the last `finish`
         if not read_only and processes.first():
             for leftover in self._directory.glob("*.orbax-checkpoint-tmp*"):  # of a killed save
                 shutil.rmtree(leftover)
@@ -79,13 +82,15 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: Mapping, identity: Mapping) -> None:
-        """Starts saving `state` at its own step; returns once it is copied off the device.
+        """Starts saving `state` at its own step; returns once a later step cannot change it.
+        It is done once `finish`, or `settle` in passing, has written its manifest.
 
         Raises:
           SaveFailed: this save or the one before it.
         """
         step = int(state["step"])
         with self._failing(step):
+            self._unsettled = True
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -101,11 +106,17 @@ class Checkpoints:
         Raises:
           SaveFailed: it came to nothing.
         """
+        self._unsettled = False
         with self._failing(self._manager.latest_step()):
             self._manager.wait_until_finished()
             for step in self._manager.all_steps() if processes.first() else ():
                 if not manifests.exists(self._directory / str(step)):
                     manifests.write(self._directory / str(step))
+
+    def settle(self) -> None:
+        """`finish` where the save under way is written already; does not wait for it."""
+        if self._unsettled and not self._manager.is_saving_in_progress():
+            self.finish()
 
     @contextlib.contextmanager
     def _failing(self, step: int | None):
@@ -150,10 +161,7 @@ class Checkpoints:
         """
         step = self._manager.latest_step() if step is None else step
         if identity is not None:
-            saved = self._manager.restore(
-                step, args=ocp.args.Composite(identity=ocp.args.JsonRestore())
-            )["identity"]
-            refuse_mismatch(saved, identity, self.workdir)
+            refuse_mismatch(self.identity(step), identity, self.workdir)
         items = {"weights": {k: shapes[k] for k in WEIGHTS if k in shapes}}
         optimizer = {k: shapes[k] for k in OPTIMIZER if k in shapes}
         if optimizer:
@@ -248,19 +256,20 @@ class Checkpoints:
         return bool(has_manifest)
 
     def identity(self, step: int) -> dict:
+        """What `step` was saved with; runs from before had what only speed depends on in it."""
         args = ocp.args.Composite(identity=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["identity"]
+        return without_speed(self._manager.restore(step, args=args)["identity"])
 
     def metrics(self, step: int) -> dict:
         """What metrics/<step>.json holds; {} where nothing was measured yet."""
-        path = self.metrics_path(step)
-        try:
-            return json.loads(path.read_text())
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            logging.warning("%s cannot be read (%s): step %d is not measured", path, error, step)
-            return {}
+        return read_json(self.metrics_path(step))
+
+    def forget_measures(self, after: int) -> None:
+        """Removes measures and markers of steps past `after`: of a run that went on from an earlier
+        step, or of another one whose checkpoints are gone."""
+        for path in (self.workdir / "metrics").glob("*"):
+            if path.stem.isdigit() and int(path.stem) > after:
+                path.unlink(missing_ok=True)
 
     def best(self, metric: str) -> int | None:
         """The finished step with the best `metric`, or None where none is measured."""
@@ -281,7 +290,12 @@ class Checkpoints:
         return age < MARKER_SECONDS
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for the save under way. Raises SaveFailed as `finish` does."""
+        try:
+            if self._unsettled:
+                self.finish()
+        finally:
+            self._manager.close()
 
 
 def steps_to_delete(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
@@ -17,11 +18,44 @@ IDENTITY = ("seed", "history_length", "batch_size", "dtype", "model", "loss",
 SCORING = ("data", "history_length", "dtype", "model")
 DTYPES = ("float32", "bfloat16")
 MEASURES = ("auc", "gauc_user", "logloss", "normalised_entropy", "calibration", "count")
+# What a checkpoint can be chosen by: on the validation split, and the right way round.
+BEST_METRICS = ("valid/auc", "valid/gauc_user", "-valid/logloss", "-valid/normalised_entropy")
+# Fields of config.model that only say how the same numbers are computed, to rounding: like
+# config.kernels no part of what a run is.
+SPEED_ONLY = ("tile_bytes", "rows_per_tile", "order", "sparse_last_layer")
+INITIAL_ACCUMULATOR = 0.1  # Adagrad's
 
 # For config.table_optimizer. Adagrad that starts from nothing: beside the usual .1 the gradients of
 # single rows are so small that tables hardly move (docs/laser.md). It decays by itself.
 ADAGRAD_TABLES = dict(name="adagrad", initial_accumulator=1e-6, learning_rate=0.02,
                       schedule="constant")  # fmt: skip
+
+
+def of_both(*fields: str) -> tuple[str, ...]:
+    """The fields of both optimizers."""
+    return tuple(f"{of}.{name}" for of in ("optimizer", "table_optimizer") for name in fields)
+
+
+# (fields, test, what they must be); NaN and infinity pass none.
+BOUNDS = (
+    (("batch_size", "eval_batch_size", "keep_last", "mesh.table"), lambda x: x >= 1, "1 or more"),
+    (("mesh.data",), lambda x: x >= 1 or x == -1, "1 or more, or -1: all that mesh.table leaves"),
+    (
+        (
+            "history_length",
+            "micro_batch",
+            "profile_steps",
+            "clip_norm",
+            "table_optimizer.init_scale",
+        )
+        + of_both("learning_rate", "eps", "initial_accumulator", "weight_decay", "warmup_steps"),
+        lambda x: 0 <= x < math.inf,
+        "0 or more",
+    ),
+    (of_both("b1", "b2"), lambda x: 0 <= x < 1, "0 or more and less than 1"),
+    (of_both("final_fraction"), lambda x: 0 <= x <= 1, "from 0 to 1"),
+    (("model.base_rate",), lambda x: 0 < x < 1, "more than 0 and less than 1"),
+)
 
 
 class ConfigError(ValueError):
@@ -65,12 +99,13 @@ def base_config() -> ConfigDict:
 
     # Optimizers: one for the tables, one for the rest, clipped by their joint norm (0 = never).
     config.optimizer = ConfigDict(
-        dict(name="adam", learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
-             schedule="constant", warmup_steps=0, final_fraction=0.0)
+        dict(name="adam", learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8,
+             initial_accumulator=INITIAL_ACCUMULATOR, weight_decay=0.0, schedule="constant",
+             warmup_steps=0, final_fraction=0.0)
     )  # fmt: skip
     config.table_optimizer = ConfigDict(
         dict(name="lazy_adam", learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8,
-             initial_accumulator=0.1, weight_decay=0.0, init_scale=0.01,
+             initial_accumulator=INITIAL_ACCUMULATOR, weight_decay=0.0, init_scale=0.01,
              schedule="constant", warmup_steps=0, final_fraction=0.0)
     )  # fmt: skip
     config.clip_norm = 0.0
@@ -114,7 +149,15 @@ def identity(config: ConfigDict, content_hash: str) -> dict:
     fields = config.to_dict()
     # Where they are off, as if there were no such field: runs from before it can be resumed.
     names = (*IDENTITY, "length_buckets") if config.length_buckets else IDENTITY
-    return {"data": content_hash, **{name: fields[name] for name in names}}
+    if fields["optimizer"]["initial_accumulator"] == INITIAL_ACCUMULATOR:
+        del fields["optimizer"]["initial_accumulator"]
+    return without_speed({"data": content_hash, **{name: fields[name] for name in names}})
+
+
+def without_speed(identity: Mapping) -> dict:
+    """An identity less the model's fields that only its speed depends on."""
+    model = {k: v for k, v in identity.get("model", {}).items() if k not in SPEED_ONLY}
+    return {**identity, "model": model}
 
 
 def check(config: ConfigDict) -> None:
@@ -123,30 +166,40 @@ def check(config: ConfigDict) -> None:
     Raises:
       ConfigError: a field is unknown or missing, or its value cannot be.
     """
+    named = f"config.model.module {config.model.module!r}"
     try:
         module = importlib.import_module(config.model.module)
-    except ImportError as error:
-        raise ConfigError(f"config.model.module {config.model.module!r}: {error}") from error
+    except (ImportError, ValueError, TypeError) as error:  # the last two: "" and ".name"
+        raise ConfigError(f"{named}: {error}") from error
+    if not (hasattr(module, "build") and hasattr(module, "default_config")):
+        raise ConfigError(f"{named} is no model: it has no build and default_config")
     base = base_config()
     groups = {name: base[name] for name in ("optimizer", "table_optimizer", "mesh", "loss")}
     for name, known in (*groups.items(), ("model", module.default_config()), ("", base)):
         refuse_unknown(name, config[name] if name else config, known)
-    for name, least in (
-        ("batch_size", 1), ("eval_batch_size", 1), ("keep_last", 1), ("history_length", 0),
-        ("micro_batch", 0), ("profile_steps", 0),
-    ):  # fmt: skip
-        if config[name] < least:
-            raise ConfigError(f"{name} is {config[name]}; it must be {least} or more")
+    for names, holds, says in BOUNDS:
+        for name in names:
+            value = value_of(config, name)
+            if value is not None and not holds(value):
+                raise ConfigError(f"{name} is {value}; it must be {says}")
     if config.length_buckets:
         check_buckets(config.length_buckets, config.history_length)
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype {config.dtype!r}: choose one of {', '.join(DTYPES)}")
-    split, _, measure = config.best_metric.removeprefix("-").partition("/")
-    if split not in ("valid", "test") or measure not in MEASURES:
+    if config.best_metric not in BEST_METRICS:
         raise ConfigError(
-            f"best_metric {config.best_metric!r}: give valid/ or test/ and one of "
-            f"{', '.join(MEASURES)}, after a '-' for the least"
+            f"best_metric {config.best_metric!r}: choose one of {', '.join(BEST_METRICS)} ('-' = "
+            "the least)"
         )
+
+
+def value_of(config: ConfigDict, name: str):
+    """The field of a dotted name, None where there is none."""
+    for part in name.split("."):
+        config = config.get(part)
+        if config is None:
+            return None
+    return config
 
 
 def check_buckets(length_buckets: Sequence[int], history_length: int) -> None:

@@ -1,20 +1,31 @@
 """The optimizer of everything but the tables, learning-rate schedules, and durations.
 
-Tables have their own (ctr_jax/embedding.py); both take their rate from `schedule`.
+Tables have their own (ctr_jax/table_optimizers.py); both take their rate from `schedule`.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ctr_jax.config import ConfigError
+from ctr_jax.sharding import path_name
 
 _SCHEDULES = ("constant", "cosine", "linear")
 _OPTIMIZERS = ("adam", "adamw", "adagrad", "sgd")
+# Parameters that weight decay spares, whatever their shape: what is added (to logits of attention
+# too, by distance or time), what scales a normalised input or a time difference, learned tokens.
+UNDECAYED = (
+    r"(^|[/_])(bias|scale)(_\d+)?$",
+    r"(^|/)(slopes|t5|alpha_\d+|cls|user_token)$",
+    r"(^|/)(layer_\d+|self|attention)/(position|time)$",
+)
 
 
 def resolve_steps(
@@ -37,14 +48,14 @@ def resolve_steps(
     ((unit, value),) = given.items()
     if value < 0:
         raise ConfigError(f"{name}_{unit} is {value}; it must be positive")
-    per_epoch = examples / batch_size
-    steps = {
-        "steps": lambda: value,
-        "epochs": lambda: value * per_epoch,
-        "examples": lambda: value / batch_size,
-        "percent": lambda: value * total / 100,
+    per_unit = {
+        "steps": lambda: 1,
+        "epochs": lambda: Fraction(examples, batch_size),
+        "examples": lambda: Fraction(1, batch_size),
+        "percent": lambda: Fraction(total, 100),
     }[unit]()
-    return max(1, int(-(-steps // 1)))
+    # Of the number as it is written: .07 of 100 steps are 7, in floating point a little more.
+    return max(1, math.ceil(Fraction(str(value)) * per_unit))
 
 
 def schedule(config: Mapping, total_steps: int) -> optax.Schedule:
@@ -74,26 +85,35 @@ def schedule(config: Mapping, total_steps: int) -> optax.Schedule:
 def dense_optimizer(config: Mapping, total_steps: int) -> optax.GradientTransformation:
     """The optax optimizer of the model's own parameters.
 
-    config: name (adam | adamw | adagrad | sgd), b1, b2, eps, weight_decay (adamw), and what
-    `schedule` reads. Clipping is not here: its norm spans the tables' row gradients too.
+    config: name (adam | adamw | adagrad | sgd), b1, b2, eps, weight_decay (adamw),
+    initial_accumulator (adagrad), and what `schedule` reads. Clipping is not here: its norm spans
+    the tables' row gradients too.
     """
     rate, name = schedule(config, total_steps), config["name"]
     if name not in _OPTIMIZERS:
         raise ValueError(f"optimizer {name!r}: choose one of {_OPTIMIZERS}")
     if name == "adamw":
-        # Decay matrices only: biases, norms and attention slopes have one axis.
         return optax.adamw(
             rate,
             config["b1"],
             config["b2"],
             config["eps"],
             weight_decay=config["weight_decay"],
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            mask=decayed,
         )
     if config.get("weight_decay", 0.0):
         raise ValueError(f"weight_decay needs optimizer 'adamw', not {name!r}")
     if name == "adam":
         return optax.adam(rate, config["b1"], config["b2"], config["eps"])
     if name == "adagrad":
-        return optax.adagrad(rate, config.get("initial_accumulator", 0.1), config["eps"])
+        return optax.adagrad(rate, config["initial_accumulator"], config["eps"])
     return optax.sgd(rate)
+
+
+def decayed(params):
+    """The tree of `params` with True where weight decay takes a parameter: all but UNDECAYED."""
+
+    def rule_for(path, _):
+        return not any(re.search(pattern, path_name(path)) for pattern in UNDECAYED)
+
+    return jax.tree_util.tree_map_with_path(rule_for, params)

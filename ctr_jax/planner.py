@@ -180,7 +180,8 @@ def _mesh(config: ConfigDict, target: str) -> tuple[Mesh, int | None]:
     kind, _, shape = target.partition(":")
     if kind == "cpu":
         if not shape.isdigit() or not 1 <= int(shape) <= len(jax.devices("cpu")):
-            raise CannotPlan(f"--plan={target}: cpu:N with N at most {len(jax.devices('cpu'))}")
+            most = len(jax.devices("cpu"))
+            raise CannotPlan(f"--plan={target}: cpu:N with N from 1 to {most}")
         return sharding.make_mesh(**config.mesh, devices=jax.devices("cpu")[: int(shape)]), None
     if kind not in HBM or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise CannotPlan(
@@ -246,9 +247,8 @@ def _candidates(config: ConfigDict, spec: DataSpec, kind: str) -> Iterator[Plan]
         while table <= number:
             trial = config.copy_and_resolve_references()
             trial.mesh.data, trial.mesh.table = number // table, table
-            if not trial.batch_size % trial.mesh.data and not trial.eval_batch_size % (
-                trial.mesh.data
-            ):
+            at_once = trial.mesh.data * max(1, trial.micro_batch)
+            if not trial.batch_size % at_once and not trial.eval_batch_size % at_once:
                 yield make_plan(trial, spec, f"{kind}:{shape}")
             table *= 2
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 import jax
@@ -88,6 +89,15 @@ def leave_broken(error: Exception) -> NoReturn:
         f"another process has died, or this one failed ({reason}). End all and start them again: "
         "they resume at the newest checkpoint"
     )
+
+
+def leave_unforeseen(error: Exception) -> NoReturn:
+    """`leave` after an error that nobody foresaw, with its traceback; raises it again where there
+    is only one process."""
+    if jax.process_count() == 1:
+        raise error
+    traceback.print_exception(error)
+    leave(f"{type(error).__name__}; its traceback is above")
 
 
 def from_first(value: np.ndarray) -> np.ndarray:

@@ -31,12 +31,17 @@ def make_mesh(data: int = -1, table: int = 1, devices: Sequence[jax.Device] | No
     """A (data, table) mesh with Auto axes; data = -1 takes all devices that table leaves.
 
     Raises:
-      ConfigError: there are not as many devices.
+      ConfigError: there are not as many devices, or an axis has none.
     """
     devices = list(devices if devices is not None else jax.devices())
+    if table < 1 or data < 1 and data != -1:
+        raise ConfigError(
+            f"mesh data={data} x table={table}: give 1 or more, or for data -1, all that table "
+            "leaves"
+        )
     if data == -1:
         data = len(devices) // table
-    if data < 1 or table < 1 or data * table > len(devices):
+    if data < 1 or data * table > len(devices):
         raise ConfigError(
             f"mesh data={data} x table={table} needs {max(data, 1) * table} devices, "
             f"there are {len(devices)}"
@@ -76,15 +81,25 @@ def data_share(mesh: Mesh) -> dict[str, int]:
     Processes whose devices lie on the same stretch of the data axis read the same part.
 
     Raises:
-      ValueError: this process's devices do not make one of n equal stretches of the data axis.
+      ConfigError: the devices of some process, whichever, do not make one of n equal stretches of
+        the data axis; on every process alike, so that none is left waiting.
     """
-    here = jax.process_index()
-    own = sorted({at[0] for at, d in np.ndenumerate(mesh.devices) if d.process_index == here})
+    shares = {process: _share(mesh, process) for process in _processes(mesh)}
+    return shares[jax.process_index()]
+
+
+def _processes(mesh: Mesh) -> list[int]:
+    """All of this run, and all that the mesh names."""
+    return sorted({*range(jax.process_count()), *(d.process_index for d in mesh.devices.flat)})
+
+
+def _share(mesh: Mesh, process: int) -> dict[str, int]:
+    own = sorted({at[0] for at, d in np.ndenumerate(mesh.devices) if d.process_index == process})
     size = mesh.shape[DATA]
     index, rest = divmod(own[0], len(own)) if own else (0, 1)
     if rest or size % len(own) or own != list(range(own[0], own[0] + len(own))):
-        raise ValueError(
-            f"mesh {dict(mesh.shape)}: process {here} holds {own} of the data axis; every "
+        raise ConfigError(
+            f"mesh {dict(mesh.shape)}: process {process} holds {own} of the data axis; every "
             "process has to hold an equal, unbroken part of it"
         )
     return {"process_index": index, "process_count": size // len(own)}

@@ -182,10 +182,15 @@ def train_step(experiment: Experiment) -> Callable:
     With `config.micro_batch` the model sees the batch in parts whose gradients add up; ids are made
     distinct, and tables updated, once for the whole batch.
 
-    scalars: loss (what is minimised), logloss, and the norms of gradients and parameters.
+    scalars: loss (what is minimised), logloss, and the norms of gradients, of the model's
+    parameters and their updates, and of the tables' rows in the batch, updated.
+
+    Raises:
+      ConfigError: batches do not divide into micro-batches, or the model does not allow them.
     """
     config, columns = experiment.config, experiment.columns
-    gradients = _gradients(experiment)
+    shapes = state_shapes(experiment)
+    gradients = _gradients(experiment, has_statistics="batch_stats" in shapes["model_state"])
 
     def step_fn(state, batch):
         plan = embedding.lookup_ids(columns, batch, state["tables"])
@@ -222,6 +227,7 @@ def train_step(experiment: Experiment) -> Callable:
             "norm_gradients": norm,
             "norm_parameters": optax.tree.norm(params),
             "norm_updates": optax.tree.norm(updates),
+            "norm_rows": jnp.sqrt(table_optimizers.touched_squared_norm(tables, plan)),
         }
         state = {
             "tables": tables,
@@ -233,15 +239,17 @@ def train_step(experiment: Experiment) -> Callable:
         }
         return state, scalars
 
-    layout = jax.tree.map(lambda x: x.sharding, state_shapes(experiment))
+    layout = jax.tree.map(lambda x: x.sharding, shapes)
     return jax.jit(step_fn, donate_argnums=0, out_shardings=(layout, None))
 
 
-def _gradients(experiment: Experiment) -> Callable:
+def _gradients(experiment: Experiment, has_statistics: bool) -> Callable:
     """(params, model_state, embedded, rng) -> (loss, logloss, model_state), gradients with respect
     to params and to (embedded.vectors, embedded.rows)."""
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
     parts = micro_batches.parts_of(config.batch_size, config.micro_batch, mesh.shape[sharding.DATA])
+    if parts > 1 and has_statistics:
+        raise ConfigError("batch statistics span the whole batch: set config.micro_batch = 0")
 
     def loss_of(logits, batch, denominator):
         return losses.binary_cross_entropy(
@@ -287,8 +295,6 @@ def _gradients(experiment: Experiment) -> Callable:
                 params, (vectors, rows), model_state, embedded, denominator, rng
             )
             return (loss, logloss, model_state), grads
-        if "batch_stats" in model_state:
-            raise ConfigError("batch statistics span the whole batch: set config.micro_batch = 0")
 
         def part(totals, xs):
             embedded, number = xs

@@ -114,6 +114,38 @@ def table_optimizer(
     return TableOptimizer(init, update)
 
 
+def touched_squared_norm(tables: Mapping[str, jax.Array], plan: Plan) -> jax.Array:
+    """[] float32: the squared norm of the rows of a batch after their update, not finite where one
+    of them no longer is. Of the rows, not of what was added: reading both costs a copy of a table.
+    """
+    squares = [_touched_square(tables[name], part) for name, part in plan.items()]
+    return sum(squares, start=jnp.zeros((), jnp.float32))
+
+
+def _touched_square(table, part: TablePlan):
+    if part.dense:
+        return jnp.sum(jnp.square(jnp.where(part.touched[:, None], table, 0.0)))
+    if context_mesh() is None:
+        return _square_in_place(table, part.unique, part.count)
+    by_row = P(TABLE_AXIS)
+    return jax.shard_map(
+        lambda *arrays: lax.psum(_square_in_place(*arrays), TABLE_AXIS),
+        in_specs=(by_row, by_row, by_row),
+        out_specs=P(),
+        check_vma=False,
+    )(table, part.unique, part.count)
+
+
+def _square_in_place(table, unique, count):
+    """Of rows `unique[:count]`, block by block as they were updated."""
+
+    def add_block(start, in_use, row, total):
+        values = jnp.where(in_use[:, None], table.at[row].get(mode="clip"), 0.0)
+        return total + jnp.sum(jnp.square(values))
+
+    return _over_blocks(add_block, jnp.zeros((), jnp.float32), unique, count)
+
+
 def _sgd() -> _Rule:
     return _Rule(lambda table: {}, lambda grad, slots, t: (grad, slots))
 
@@ -168,28 +200,37 @@ def _update_table(move, scalars, table, slots, grads, part: TablePlan):
 
 def _update_in_place(move, scalars, table, slots, grads, unique, count):
     """Moves rows `unique[:count]`, a block at a time: time follows count, memory the block."""
-    capacity, count = unique.shape[0], count[0]
-    block = min(BLOCK, capacity)
 
-    def update_block(i, carry):
-        start = jnp.minimum(
-            i * block, capacity - block
-        )  # the last block may overlap the one before
-        position = start + jnp.arange(block)
-        in_use = (position >= i * block) & (position < count)
-        row = lax.dynamic_slice_in_dim(unique, start, block)
+    def update_block(start, in_use, row, carry):
         # Places not in use write past the end, where a write is dropped; all are distinct.
-        row = jnp.where(in_use, row, table.shape[0] + jnp.arange(block))
+        row = jnp.where(in_use, row, table.shape[0] + jnp.arange(len(row)))
         old = jax.tree.map(lambda x: x.at[row].get(mode="clip"), carry)
-        grad = lax.dynamic_slice_in_dim(grads, start, block)
+        grad = lax.dynamic_slice_in_dim(grads, start, len(row))
         new = move(old[0], grad, old[1], *scalars)
         return jax.tree.map(
             lambda x, y: x.at[row].set(y, mode="drop", unique_indices=True), carry, new
         )
 
+    return _over_blocks(update_block, (table, slots), unique, count)
+
+
+def _over_blocks(body, carry, unique, count):
+    """carry after body(start, in_use, unique[start : start + block], carry) of each block of the
+    first `count`; in_use says which of a block are among these and in no block before."""
+    capacity, count = unique.shape[0], count[0]
+    block = min(BLOCK, capacity)
+
+    def of_block(i, carry):
+        start = jnp.minimum(
+            i * block, capacity - block
+        )  # the last block may overlap the one before
+        position = start + jnp.arange(block)
+        in_use = (position >= i * block) & (position < count)
+        return body(start, in_use, lax.dynamic_slice_in_dim(unique, start, block), carry)
+
     if block == capacity:
-        return update_block(0, (table, slots))
-    return lax.fori_loop(0, (count + block - 1) // block, update_block, (table, slots))
+        return of_block(0, carry)
+    return lax.fori_loop(0, (count + block - 1) // block, of_block, carry)
 
 
 def _like(mask: jax.Array, x: Any) -> jax.Array:

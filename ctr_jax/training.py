@@ -21,12 +21,12 @@ from ctr_jax.data import open_data, pipeline
 from ctr_jax.data.records import PreparedData, Requests
 from ctr_jax.optimizers import resolve_steps
 from ctr_jax.preemption import Preemption
-from ctr_jax.writers import MetricWriter, Progress, write_json
+from ctr_jax.writers import MetricWriter, Progress, read_json, write_json
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss, or the norm of gradients or parameters, became NaN or infinite; the message names
-    the step and requests of its batch."""
+    """The loss, or a norm of gradients, updates, parameters or table rows, became NaN or infinite;
+    the message names the step and requests of its batch."""
 
 
 def train(config: ConfigDict, workdir: str | Path, *, resume_anyway: bool = False) -> dict:
@@ -48,6 +48,7 @@ def train(config: ConfigDict, workdir: str | Path, *, resume_anyway: bool = Fals
     check(config)
     data = open_data(config)
     mesh = sharding.make_mesh(**config.mesh)
+    sharding.data_share(mesh)  # before anything that processes do together
     with jax.set_mesh(mesh):
         return _train(config, Path(workdir), data, mesh, resume_anyway)
 
@@ -75,10 +76,17 @@ def _train(
     else:
         state = steps.init_state(experiment, config.seed)
     start = int(state["step"])
+    done_path, about_path = workdir / "train_done.json", workdir / "config.json"
+    finished = read_json(done_path) if start >= total else {}
+    if start:
+        _log_other_end(config, start, total, read_json(about_path).get("resolved_total"))
+    processes.barrier("read")  # by all, before the first writes
     if processes.first():
-        (workdir / "train_done.json").unlink(missing_ok=True)
-        about = {**config.to_dict(), "data_hash": data.spec.content_hash}
-        write_json(workdir / "config.json", about)
+        checkpoints.forget_measures(start)
+        if start < total:
+            done_path.unlink(missing_ok=True)
+        about = {"data_hash": data.spec.content_hash, "resolved_total": total}
+        write_json(about_path, {**config.to_dict(), **about})
     _describe(state, len(requests), start, total, mesh)
 
     # --- loop
@@ -129,11 +137,13 @@ def _train(
                 progress.report(step, _one_line(measured))
 
             if save:
+                checkpoints.prune()  # waits for the save before this one, if it must
                 checkpoints.save(state, whoami)
                 if config.validate and not stopped:
                     valid = measure(step, state)
-                checkpoints.prune()
                 window.restart_clock()
+            checkpoints.settle()
+        checkpoints.prune()  # what is said to be done, or to be saved on SIGTERM, is written
 
     seconds = time.perf_counter() - began
     done = {
@@ -142,9 +152,22 @@ def _train(
         "examples_per_second": round(window.rate(), 1),
         "valid": valid,
     }
+    if finished.get("step") == step:  # nothing was trained: what the run that did it took, stays
+        done = {**finished, "valid": valid or finished["valid"]}
     if processes.first() and not stopped:
-        write_json(workdir / "train_done.json", done)
+        write_json(done_path, done)
     return done
+
+
+def _log_other_end(config: ConfigDict, start: int, total: int, before: int | None) -> None:
+    """Says so where a run goes on under a schedule that now ends elsewhere."""
+    for name in ("optimizer", "table_optimizer"):
+        if before not in (None, total) and config[name].schedule != "constant":
+            logging.warning(
+                "%s: schedule %r ends at step %d now, at %d before: from step %d on its rates are "
+                "not those that the run began with",
+                name, config[name].schedule, total, before, start,
+            )  # fmt: skip
 
 
 class _Window:

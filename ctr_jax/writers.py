@@ -42,6 +42,17 @@ def write_json(path: Path, content) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: Path) -> dict:
+    """What `write_json` wrote; {} where nothing is there, and with a warning where it is torn."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        logging.warning("%s cannot be read (%s): as if it were not there", path, error)
+        return {}
+
+
 class MetricWriter:
     """Writes {name: number} per step to `<workdir>/train.jsonl` and TensorBoard event files.
 

@@ -56,12 +56,17 @@ class UserCache:
     weights: str = flax.struct.field(pytree_node=False)
 
 
-def name_of(run: str, step: int, data_hash: str, variables: Any) -> str:
-    """ "run:step:data hash:digest of the weights", so that a run id used twice is noticed too."""
+def name_of(run: str, step: int, data_hash: str, weights: Any) -> str:
+    """ "run:step:data hash:digest of the weights", so that a run id used twice is noticed too.
+
+    Args:
+      weights: all that a cache is made of: the model's variables, and the tables that embed.
+    """
     digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(variables):
+    for path, leaf in jax.tree.leaves_with_path(weights):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        # As bytes in place: of a large table there is no second copy on the host.
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8))
     return f"{run}:{step}:{data_hash[:12]}:{digest.hexdigest()[:12]}"
 
 
@@ -172,7 +177,7 @@ def load(config: ConfigDict, workdir: str | Path, step: int | None = None) -> Se
     """The weights of a training run, ready to serve; arguments and errors as of `restore`."""
     experiment, weights, at = restore(config, workdir, step)
     variables = {"params": weights["model"], **weights["model_state"]}
-    name = name_of(config.name or Path(workdir).name, at, experiment.spec.content_hash, variables)
+    name = name_of(config.name or Path(workdir).name, at, experiment.spec.content_hash, weights)
     return ServedModel(
         experiment.model, variables, name, tables=weights["tables"], columns=experiment.columns
     )

@@ -66,6 +66,7 @@ def test_an_override_that_cannot_be_is_one_line(script, flags, says):
     "flag, says",
     [
         ("--config.optimizer.schedule=steep", "ConfigError: schedule 'steep'"),
+        ("--plan=cpu:0", "CannotPlan: --plan=cpu:0: cpu:N with N from 1"),
         ("--config.kernels=pallas", "CannotRun: kernels 'pallas' cannot run: they are for TPUs"),
     ],
 )

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from ctr_jax import embedding, hlo, sharding
 from ctr_jax.batch import RequestBatch
 from ctr_jax.features import Column
-from ctr_jax.table_optimizers import table_optimizer
+from ctr_jax.table_optimizers import table_optimizer, touched_squared_norm
 
 TEXT = """HloModule step, is_scheduled=true
 
@@ -139,7 +139,8 @@ def _step_on_a_mesh(data, table):
                 for x in embedding.embed(rows, plan, columns, batch).vectors.values()
             )
 
-        return optimizer.update(jax.grad(loss)(rows), state, tables, plan, step)
+        moved, state = optimizer.update(jax.grad(loss)(rows), state, tables, plan, step)
+        return (moved, state), touched_squared_norm(moved, plan)
 
     with jax.set_mesh(mesh):
         tables = {"item": jnp.zeros((ROWS, WIDTH))}

@@ -73,7 +73,8 @@ def test_without_data_the_expected_rows_are_taken(small_config, tmp_path):
     [
         ("v9z:4x4", "name a slice, as v5e:4x4"),
         ("v5e", "name a slice"),
-        ("cpu:99", "cpu:N with N at most 8"),
+        ("cpu:99", "cpu:N with N from 1 to 8"),
+        ("cpu:0", "cpu:N with N from 1 to 8"),
         ("cpu:5", "does not divide"),
         ("auto:v1", "slices are known of"),
     ],
@@ -82,6 +83,18 @@ def test_targets_that_make_no_sense_are_refused(prepared_config, target, says):
     prepared_config.mesh.data = -1
     with pytest.raises(planner.CannotPlan, match=says):
         planner.plan(prepared_config, target)
+
+
+def test_auto_passes_over_meshes_that_micro_batches_do_not_divide_over(
+    prepared_config, monkeypatch
+):
+    spec = open_data(prepared_config).spec
+    monkeypatch.setattr(planner, "make_plan", lambda config, *_: dict(config.mesh))
+    prepared_config.eval_batch_size = 64
+    for micro_batch, data in ((0, {16, 32, 64}), (32, {1, 2}), (4, {16})):
+        prepared_config.micro_batch = micro_batch
+        tried = [m["data"] for m in planner._candidates(prepared_config, spec, "v5e")]
+        assert max(tried) == max(data) and set(tried) >= data
 
 
 def test_rows_are_numbers():

@@ -1,11 +1,13 @@
 """Training in several processes of this host, against one process with as many devices."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,14 +18,14 @@ from tests.test_commands import ROOT, command, config_file, run  # noqa: F401
 MESH = ["--config.mesh.data=2", "--config.mesh.table=2"]
 
 
-def start(number, *flags):
+def start(number, *flags, mesh=MESH):
     """`number` processes of one run, with 4 devices in all."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
         subprocess.Popen(
-            command("train.py", *flags, *MESH, f"--cpu_devices={4 // number}",
+            command("train.py", *flags, *mesh, f"--cpu_devices={4 // number}",
                     f"--coordinator=localhost:{port}", f"--num_processes={number}",
                     f"--process_id={i}"),
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
@@ -114,6 +116,39 @@ def test_sigterm_to_one_stops_all_at_one_step(config_file, tmp_path):  # noqa: F
     (step,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert all(f"SIGTERM: saving step {step}" in e for e in errors)
     assert losses(tmp_path / "run")[-1][0] == step
+
+
+@pytest.mark.slow
+def test_a_mesh_that_leaves_a_process_without_devices_ends_all(config_file, tmp_path):  # noqa: F811
+    flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]
+    started = start(2, *flags, mesh=["--config.mesh.data=1", "--config.mesh.table=1"])
+    codes, errors = finish(started, timeout=60)
+    assert codes == [1, 1]
+    for error in errors:
+        assert "ConfigError" in error and "Traceback" not in error, error[-3000:]
+        assert "process 1 holds [] of the data axis" in error
+
+
+def test_one_of_several_leaves_at_once_whatever_it_fails_of(monkeypatch, capsys):
+    error = KeyError("nobody thought of it")
+    with pytest.raises(KeyError):
+        processes.leave_unforeseen(error)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", lambda code: codes.append(code))
+    codes = []
+    processes.leave_unforeseen(error)
+    printed = capsys.readouterr().err
+    assert codes == [1] and "nobody thought of it" in printed
+    assert printed.splitlines()[-1] == "process 0 of 2: KeyError; its traceback is above"
+
+
+@pytest.mark.slow
+def test_an_error_nobody_foresaw_ends_one_of_several(config_file, tmp_path):  # noqa: F811
+    flags = [f"--config={config_file}"]
+    (tmp_path / "file").write_text("")  # a workdir that cannot be made
+    codes, errors = finish(start(2, *flags, f"--workdir={tmp_path / 'file' / 'run'}"), timeout=100)
+    assert all(codes), errors[0][-3000:]
+    assert "its traceback is above" in errors[0]
 
 
 def test_only_some_of_the_flags_are_refused():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from ctr_jax.config import ConfigError
 from ctr_jax.sharding import data_share, make_mesh, put_batch, shardings
 
 
@@ -25,6 +26,9 @@ def test_a_mesh_that_does_not_fit_is_refused():
     assert dict(make_mesh(data=-1, table=2).shape) == {"data": 4, "table": 2}
     with pytest.raises(ValueError, match="needs 18 devices, there are 8"):
         make_mesh(data=9, table=2)
+    for table in (0, -1):
+        with pytest.raises(ConfigError, match=f"table={table}: give 1 or more"):
+            make_mesh(data=-1, table=table)
 
 
 def test_a_batch_is_split_over_the_data_axis():
@@ -62,7 +66,17 @@ def test_the_share_of_a_process(monkeypatch, processes, share):
     assert tuple(data_share(Layout(processes)).values()) == share
 
 
-def test_a_broken_share_is_refused(monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 0)
-    with pytest.raises(ValueError, match="unbroken part"):
-        data_share(Layout([[0], [1], [0], [1]]))
+@pytest.mark.parametrize(
+    "processes, says",
+    [
+        ([[0], [1], [0], [1]], r"process 0 holds \[0, 2\]"),
+        ([[0], [0], [1]], r"process 0 holds \[0, 1\]"),  # unequal
+        ([[0], [0]], r"process 1 holds \[\]"),
+    ],
+)
+@pytest.mark.parametrize("here", [0, 1])
+def test_a_broken_share_is_refused_by_every_process(monkeypatch, processes, says, here):
+    monkeypatch.setattr(jax, "process_index", lambda: here)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=says + ".*unbroken part"):
+        data_share(Layout(processes))

@@ -31,9 +31,11 @@ def saved(workdir, steps=(1, 2, 3), manifest=True):
     checkpoints = Checkpoints(workdir, keep_last=9)
     for step in steps:
         checkpoints.save(make_state(step), IDENTITY)
-        if manifest:
-            checkpoints.finish()
+    checkpoints.finish()
     checkpoints.close()
+    if not manifest:  # as where a run is killed before it is written
+        for path in (workdir / "checkpoints").glob(f"*/{manifests.NAME}"):
+            path.unlink()
     return workdir / "checkpoints"
 
 
@@ -94,6 +96,26 @@ def test_damage_before_the_manifest_was_written(tmp_path, harm):
     state = checkpoints.restore_newest(shapes(make_state(0)), IDENTITY)
     jax.tree.map(np.testing.assert_array_equal, state, make_state(2))
     checkpoints.close()
+
+
+def test_a_manifest_is_written_in_passing_once_the_save_is(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(make_state(1), IDENTITY)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "is_saving_in_progress", lambda: True)
+        patch.setattr(checkpoints._manager, "wait_until_finished", lambda: pytest.fail("waits"))
+        checkpoints.settle()
+    directory, deadline = tmp_path / "checkpoints", time.monotonic() + 30
+    while not manifests.exists(directory / "1") and time.monotonic() < deadline:
+        checkpoints.settle()
+        time.sleep(0.01)
+    manifests.check(directory / "1")
+    monkeypatch.setattr(checkpoints, "finish", lambda: pytest.fail("once more"))
+    checkpoints.settle()
+    monkeypatch.undo()
+    checkpoints.save(make_state(2), IDENTITY)
+    checkpoints.close()  # as on the way out of a run that stops for another reason
+    manifests.check(directory / "2")
 
 
 def test_nothing_readable_is_said_and_nothing_is_overwritten(tmp_path):

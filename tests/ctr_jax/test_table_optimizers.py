@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ctr_jax import embedding, table_optimizers
 from ctr_jax.batch import RequestBatch
 from ctr_jax.features import Column
-from ctr_jax.table_optimizers import table_optimizer
+from ctr_jax.table_optimizers import table_optimizer, touched_squared_norm
 
 V, WIDTH, B, L = 40, 3, 8, 5
 NAMES = ["sgd", "adagrad", "rowwise_adagrad", "lazy_adam"]
@@ -46,7 +46,9 @@ def draw_step(rng, vocabulary=V):
     return ids, weights
 
 
-def step_function(optimizer):
+def step_function(optimizer, measured=False):
+    """(tables, state), and with `measured` the norm of the rows that moved beside it."""
+
     def step(tables, state, ids, weights, number):
         batch = make_batch(ids)
         plan = embedding.lookup_ids(COLUMNS, batch, tables)
@@ -56,8 +58,11 @@ def step_function(optimizer):
             vectors = jnp.concatenate([v["behaviour/item"], v["candidate/item"]], 1)
             return jnp.sum(weights * vectors)
 
-        grads = jax.grad(loss)(embedding.gather_rows(tables, plan))
-        return optimizer.update(grads, state, tables, plan, number)
+        rows = embedding.gather_rows(tables, plan)
+        moved, state = optimizer.update(jax.grad(loss)(rows), state, tables, plan, number)
+        if measured:
+            return (moved, state), jnp.sqrt(touched_squared_norm(moved, plan))
+        return moved, state
 
     return jax.jit(step, donate_argnums=(0, 1))
 
@@ -131,6 +136,25 @@ def test_steps_equal_a_loop_over_rows(name, path, monkeypatch):
         for old, new in zip(jax.tree.leaves(before), jax.tree.leaves((tables, state)), strict=True):
             np.testing.assert_array_equal(np.asarray(new)[untouched], old[untouched])
     assert not tables["item"][0].any()
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (4, 2), (1, 8)])
+def test_the_norm_of_the_rows_that_moved(path, mesh_shape, monkeypatch):
+    monkeypatch.setattr(table_optimizers, "BLOCK", 7)
+    mesh = jax.make_mesh(mesh_shape, ("data", "table"), axis_types=(AxisType.Auto,) * 2)
+    rng, optimizer = np.random.default_rng(3), table_optimizer("sgd", 0.1, weight_decay=0.5)
+    with jax.set_mesh(mesh):
+        place = lambda x: jax.device_put(x, embedding.row_sharding(mesh, x))  # noqa: E731
+        step, tables = step_function(optimizer, measured=True), place(fresh_tables())
+        for t in range(3):
+            ids, weights = draw_step(rng)
+            (tables, _), norm = step(tables, optimizer.init(tables), ids, weights, t)
+            want = np.linalg.norm(np.asarray(tables["item"])[np.unique(ids[ids > 0])])
+            np.testing.assert_allclose(norm, want, rtol=1e-5)
+        poisoned = np.array(tables["item"])
+        poisoned[ids[ids > 0][0]] = np.nan
+        tables = place({"item": jnp.array(poisoned)})
+        assert not np.isfinite(step(tables, optimizer.init(tables), ids, weights, t)[1])
 
 
 @pytest.mark.parametrize("name", ["adagrad", "lazy_adam"])
@@ -257,7 +281,8 @@ def test_nothing_grows_with_the_table(name):
     """No temporary, and no instruction but parameters and in-place writes, of the table's size."""
     optimizer, sizes = table_optimizer(name, 0.1), []
     for rows in (1 << 16, 1 << 24):
-        compiled = step_function(optimizer).lower(*step_shapes(rows, optimizer)).compile()
+        step = step_function(optimizer, measured=True)
+        compiled = step.lower(*step_shapes(rows, optimizer)).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
         made = made_arrays(compiled.as_text(), f"f32[{rows},{WIDTH}]")
         assert made <= {"parameter", "get-tuple-element", "scatter", "fusion", "while", "tuple"}
@@ -278,7 +303,7 @@ def test_no_device_holds_a_table(mesh_shape):
     optimizer = table_optimizer("adagrad", 0.1)
     with jax.set_mesh(mesh):
         arguments = step_shapes(rows, optimizer, mesh)
-        compiled = step_function(optimizer).lower(*arguments).compile()
+        compiled = step_function(optimizer, measured=True).lower(*arguments).compile()
     hlo = compiled.as_text()
     share = f"f32[{rows // mesh_shape[1]},{WIDTH}]"
     assert share in hlo and f"[{rows}" not in hlo

@@ -1,14 +1,17 @@
 """The whole loop on a small log: resume, refusal, meshes, evaluation."""
 
 import json
+import logging
+import os
 import shutil
+import threading
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ctr_jax import evaluation, sharding, steps
+from ctr_jax import embedding, evaluation, manifests, sharding, steps
 from ctr_jax.checkpoints import Checkpoints, ConfigMismatch
 from ctr_jax.config import ConfigError, identity
 from ctr_jax.data import open_data, pipeline
@@ -46,13 +49,40 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(small_config, tmp
     assert logs[0] == logs[1] and [s for s, _ in logs[0]] == [2, 3, 4, 6]
 
 
-def test_an_asynchronous_save_holds_the_state_of_its_step(small_config, tmp_path):
-    # The trainer donates the state to the next step while Orbax is still writing it.
-    small_config.checkpoint_steps = 1
-    small_config.keep_last = 6
-    small_config.validate = False
+def test_training_goes_on_while_a_save_is_written_and_the_save_is_of_its_step(
+    small_config, tmp_path, monkeypatch
+):
+    # Nothing of the arrays of step 2 is written before the step after it has taken their place.
+    small_config.checkpoint_steps, small_config.total_steps, small_config.keep_last = 2, 4, 6
+    gone_on, waited = threading.Event(), []
+    mkdir, train_step = os.mkdir, steps.train_step
+
+    def late_mkdir(path, *args, **kwargs):
+        if str(path).endswith(("weights.orbax-checkpoint-tmp", "optimizer.orbax-checkpoint-tmp")):
+            waited.append(gone_on.wait(20))
+        return mkdir(path, *args, **kwargs)
+
+    def watched(experiment):
+        step = train_step(experiment)
+
+        def run(state, batch):
+            third = int(state["step"]) == 2
+            result = jax.block_until_ready(step(state, batch))
+            if third:
+                assert not waited and not (tmp_path / "often" / "checkpoints" / "2").exists()
+                gone_on.set()
+            return result
+
+        return run
+
+    monkeypatch.setattr(os, "mkdir", late_mkdir)
+    monkeypatch.setattr(steps, "train_step", watched)
     train(small_config, tmp_path / "often")
-    for step in (2, 5):
+    monkeypatch.undo()
+    assert waited == [True] * 4
+    for step in (2, 4):  # the last is waited for
+        assert manifests.exists(tmp_path / "often" / "checkpoints" / str(step))
+    for step in (2, 4):
         small_config.total_steps = small_config.checkpoint_steps = step
         train(small_config, tmp_path / f"once{step}")
         states = [final_state(small_config, tmp_path / d, step) for d in ("often", f"once{step}")]
@@ -106,6 +136,20 @@ def test_parameters_that_leave_the_numbers_are_not_saved(small_config, tmp_path)
     small_config.optimizer.update(dict(name="sgd", learning_rate=1e30))
     small_config.checkpoint_steps = 1
     with pytest.raises(NonFiniteLoss, match="norm_[a-z]* is (inf|nan) at step 1"):
+        train(small_config, tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("table", [1, 2])
+@pytest.mark.parametrize("dense", [True, False])
+def test_tables_that_leave_the_numbers_are_not_saved(
+    small_config, tmp_path, monkeypatch, dense, table
+):
+    # Loss and gradients are of before the update: only the rows themselves show it.
+    small_config.table_optimizer.update(dict(name="sgd", learning_rate=3e38, weight_decay=1e4))
+    small_config.checkpoint_steps, small_config.mesh.table = 1, table
+    monkeypatch.setattr(embedding, "takes_dense_path", lambda rows, ids: dense)
+    with pytest.raises(NonFiniteLoss, match="norm_rows is (inf|nan) at step 1"):
         train(small_config, tmp_path)
     assert not list(tmp_path.glob("checkpoints/*"))
 
@@ -201,10 +245,8 @@ def test_micro_batches_that_do_not_fit_are_refused(small_config):
     small_config.model.activation = "dice"
     with jax.set_mesh(mesh):
         experiment = steps.bind(small_config, loaded.spec, mesh, 1)
-        state = steps.init_state(experiment, 0)
-        batch = sharding.put_batch(steps.empty_batch(loaded.spec, 64, 12), mesh)
-        with pytest.raises(ValueError, match="batch statistics"):
-            steps.train_step(experiment)(state, batch)
+        with pytest.raises(ConfigError, match="batch statistics"):
+            steps.train_step(experiment)  # before a step is traced
 
 
 def test_evaluation_is_exact_whatever_the_batch(small_config, tmp_path):
@@ -239,6 +281,56 @@ def test_the_best_step_is_chosen_and_a_missing_one_named(small_config, tmp_path)
     assert results["step"] == 3
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4 .* \[3, 6\]"):
         evaluate(small_config, tmp_path, step=4)
+
+
+def test_measures_of_an_earlier_run_are_not_taken_for_those_of_a_new_one(small_config, tmp_path):
+    train(small_config, tmp_path)
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    evaluate(small_config, tmp_path, step=3)
+    measured = {step: checkpoints.metrics(step) for step in (3, 6)}
+    assert set(measured[3]) == {"valid", "test"}
+    checkpoints.marker_path(6).touch()
+
+    small_config.validate = False  # what is there already stays, as an evaluator left it
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    train(small_config, tmp_path)
+    assert checkpoints.metrics(3) == measured[3] and checkpoints.metrics(6) == {}
+    assert not checkpoints.marker_path(6).exists()
+    shutil.rmtree(tmp_path / "checkpoints")
+    small_config.seed = 5
+    train(small_config, tmp_path)
+    assert checkpoints.metrics(3) == checkpoints.metrics(6) == {}
+    assert checkpoints.best("valid/auc") is None
+
+
+def test_a_finished_run_given_again_keeps_what_it_took(small_config, tmp_path):
+    small_config.validate = False
+    done = train(small_config, tmp_path)
+    path = tmp_path / "train_done.json"
+    before = json.loads(path.read_text())
+    assert done == before and done["seconds"] > 0
+    assert train(small_config, tmp_path) == json.loads(path.read_text()) == before
+    small_config.validate = True  # what was not measured is
+    again = train(small_config, tmp_path)
+    assert again.pop("valid")["auc"] > 0 and again.items() <= before.items()
+    path.unlink()  # killed before it was written: an evaluator waits for it
+    assert train(small_config, tmp_path)["step"] == json.loads(path.read_text())["step"] == 6
+    small_config.total_steps = 7
+    assert train(small_config, tmp_path)["step"] == json.loads(path.read_text())["step"] == 7
+
+
+def test_another_end_of_a_decaying_schedule_is_said(small_config, tmp_path, caplog):
+    small_config.validate, small_config.total_steps = False, 2
+    small_config.optimizer.schedule = "cosine"
+    train(small_config, tmp_path)
+    small_config.total_steps = 4
+    with caplog.at_level(logging.WARNING):
+        train(small_config, tmp_path)
+        (line,) = [r.getMessage() for r in caplog.records if "schedule" in r.getMessage()]
+        assert "optimizer: schedule 'cosine' ends at step 4 now, at 2 before" in line
+        caplog.clear()
+        train(small_config, tmp_path)
+    assert "schedule" not in caplog.text
 
 
 def test_watching_sees_every_step_of_a_finished_run(small_config, tmp_path):
@@ -292,8 +384,9 @@ def test_a_baseline_of_other_rows_is_refused_before_scoring(small_config, tmp_pa
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("best_metric", "auc", "give valid/ or test/"),
-        ("best_metric", "valid/AUC", "one of auc"),
+        ("best_metric", "valid/AUC", "choose one of valid/auc"),
+        ("best_metric", "test/auc", "choose one of valid/auc"),
+        ("best_metric", "valid/logloss", "choose one of .*-valid/logloss"),
         ("slices", ("candidate/nope",), "the columns are candidate/category"),
         ("dtype", "bf16", "choose one of float32"),
         ("keep_last", 0, "must be 1 or more"),
@@ -302,6 +395,20 @@ def test_a_baseline_of_other_rows_is_refused_before_scoring(small_config, tmp_pa
         ("micro_batch", 5, "does not divide into micro-batches"),
         ("length_buckets", (6,), "the last of them history_length"),
         ("mesh.data", 9, "there are 8"),
+        ("mesh.data", 0, "must be 1 or more, or -1"),
+        ("mesh.table", 0, "mesh.table is 0; it must be 1 or more"),
+        ("mesh.table", -1, "must be 1 or more"),
+        ("model.base_rate", 0.0, "more than 0 and less than 1"),
+        ("clip_norm", -1.0, "must be 0 or more"),
+        ("clip_norm", float("nan"), "must be 0 or more"),
+        ("optimizer.learning_rate", -1.0, "optimizer.learning_rate is -1.0; it must be 0 or more"),
+        ("optimizer.b1", 1.5, "0 or more and less than 1"),
+        ("table_optimizer.b2", 1.0, "0 or more and less than 1"),
+        ("table_optimizer.eps", -1.0, "must be 0 or more"),
+        ("table_optimizer.init_scale", -1.0, "must be 0 or more"),
+        ("table_optimizer.final_fraction", 1.5, "from 0 to 1"),
+        ("model.module", "ctr_jax.head", "is no model: it has no build"),
+        ("model.module", "", "Empty module name"),
         ("model.module", "baselines_jax.dinn", "No module named"),
         ("model.module", "lrea_jax.model", "config.model has no field"),
         ("loss.weights", ConfigDict({"nothing": 1.0}), "has .'nothing'., the model the losses ..;"),
@@ -321,6 +428,15 @@ def test_a_page_that_cannot_be_is_refused_before_anything_is_saved(
     with pytest.raises(ConfigError, match=says):
         train(small_config, tmp_path)
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_values_that_cannot_be_are_refused_before_data_are_read(small_config):
+    small_config.data.builder = "none"
+    for field, value in (("clip_norm", -1.0), ("best_metric", "test/auc")):
+        config = small_config.copy_and_resolve_references()
+        config[field] = value
+        with pytest.raises(ConfigError, match=field):
+            train(config, "nowhere")
 
 
 @pytest.mark.slow
@@ -348,3 +464,17 @@ def test_identity_covers_what_a_run_is(small_config):
     small_config.batch_size = 32
     assert identity(small_config, "hash") != before
     assert identity(small_config, "other") != before
+
+
+def test_what_only_speed_depends_on_is_no_part_of_a_run(small_config, tmp_path):
+    """Nor is it where a checkpoint from before was saved with it."""
+    small_config.total_steps, small_config.validate = 2, False
+    train(small_config, tmp_path)
+    for field in ("tile_bytes", "rows_per_tile"):
+        small_config.model[field] = 1 << 20
+    assert "tile_bytes" not in identity(small_config, "hash")["model"]
+    (path,) = (tmp_path / "checkpoints" / "2" / "identity").glob("metadata*")
+    saved = json.loads(path.read_text())
+    saved["model"]["tile_bytes"] = 0
+    path.write_text(json.dumps(saved))
+    assert "tile_bytes" not in Checkpoints(tmp_path, read_only=True).identity(2)["model"]

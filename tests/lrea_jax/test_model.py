@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from baselines_jax import din_long
 from ctr_jax.long_short import NormalisedHead
 from lrea_jax import low_rank, model
+from tests.ctr_jax.test_training import final_state
 from tests.kernels.cases import sizes
 from tests.lrea_jax import reference
 from tests.lrea_jax.cases import SPEC, B, C, applied, built, changed, double, small
@@ -189,17 +190,36 @@ def test_trains_and_keeps_its_statistics(lrea_config, tmp_path):
     assert served.name != load(lrea_config, tmp_path, 3).name
 
 
+def test_a_cache_is_of_the_tables_that_embedded_it(lrea_config, tmp_path, monkeypatch):
+    from ctr_jax import training
+    from lrea_jax import serving
+
+    training.train(lrea_config, tmp_path)
+    name, restore = serving.load(lrea_config, tmp_path).name, serving.restore
+
+    def nudged(*arguments):
+        experiment, weights, at = restore(*arguments)
+        item = weights["tables"]["item"].at[1, 0].add(1e-3)
+        return experiment, {**weights, "tables": {**weights["tables"], "item": item}}, at
+
+    monkeypatch.setattr(serving, "restore", nudged)
+    other = serving.load(lrea_config, tmp_path).name
+    assert other != name and other.rpartition(":")[0] == name.rpartition(":")[0]
+
+
 @pytest.mark.slow
 def test_a_run_in_two_halves_ends_where_a_whole_one_does(lrea_config, tmp_path):
     from ctr_jax import training
     from lrea_jax.serving import load
 
     training.train(lrea_config, tmp_path / "whole")
-    for steps in (3, 6):
-        lrea_config.total_steps = steps
+    for total in (3, 6):
+        lrea_config.total_steps = total
         training.train(lrea_config, tmp_path / "halves")
+    states = [final_state(lrea_config, tmp_path / d, 6) for d in ("whole", "halves")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
     names = [load(lrea_config, tmp_path / d, 6).name for d in ("whole", "halves")]
-    assert names[0] == names[1]  # the digest covers every weight and statistic
+    assert names[0] == names[1]
 
 
 @pytest.mark.slow
