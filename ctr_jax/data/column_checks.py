@@ -11,9 +11,9 @@ from ctr_jax.data.plan import Field, Plan
 from ctr_jax.data.raw_types import (
     FLOATS,
     INTEGERS,
+    has_fractions,
     is_integer,
     not_of_type,
-    not_whole,
     refuse_lists,
 )
 from ctr_jax.data.sql import sql_name
@@ -65,14 +65,9 @@ def _check_one_kind(
         kind = kinds[field.key]
         if not integers or is_integer(kind) or kind in ("VARCHAR", '"NULL"'):
             continue
-        if not (numbers and _all_whole(con, field, view[field.key])):
+        if not numbers or has_fractions(con, view[field.key], field.key):
             raise DataError(
                 f"vocabulary {name!r}: {field.key!r} is {kind} and {integers[0].key!r} is "
                 f"{kinds[integers[0].key]}, so that no id would be in both; cast one, or give it a "
                 "vocabulary of its own"
             )
-
-
-def _all_whole(con: duckdb.DuckDBPyConnection, field: Field, view: str) -> bool:
-    query = f"SELECT count(*) FROM {view} WHERE {not_whole(sql_name(field.key))}"
-    return con.execute(query).fetchone()[0] == 0

@@ -1,4 +1,8 @@
-"""The error that a user's files or options can cause."""
+"""The error that a user's files or options can cause, and a check that files and options share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class DataError(ValueError):
@@ -11,3 +15,14 @@ class DataError(ValueError):
     def __init__(self, message: str, order: tuple[int, str, int] | None = None):
         super().__init__(message)
         self.order = order
+
+
+def check_distinct(what: str, names: Iterable[str]) -> None:
+    """Raises DataError if two names are equal, case not counting."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if (key := name.lower()) in seen:
+            raise DataError(
+                f"{what} {seen[key]!r} and {name!r} have one name, case not counting; rename one"
+            )
+        seen[key] = name

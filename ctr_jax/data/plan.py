@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Iterable
 
 import numpy as np
 
 import seqvault
-from ctr_jax.data.errors import DataError
+from ctr_jax.data.errors import DataError, check_distinct
 from ctr_jax.features import GROUPS, DataColumn
 
 KINDS = ("id", "quantile", "standard")
@@ -132,8 +131,8 @@ class Plan:
                     f"{field.kind!r}; give {field.key!r} a vocabulary of its own"
                 )
         # DuckDB and some file systems take names that differ in case alone for one.
-        _check_distinct("columns", keys)
-        _check_distinct("vocabularies", kinds)
+        check_distinct("columns", keys)
+        check_distinct("vocabularies", kinds)
         if not self.inline_history:
             try:
                 seqvault.Schema({f.name: np.int32 for f in self.group("behaviour")})
@@ -150,13 +149,3 @@ class Plan:
             if field.kind == kind:
                 found.setdefault(field.vocabulary, []).append(field)
         return found
-
-
-def _check_distinct(what: str, names: Iterable[str]) -> None:
-    """Raises DataError if two names are equal but for case."""
-    seen: dict[str, str] = {}
-    for name in names:
-        if (other := seen.setdefault(name.lower(), name)) != name:
-            raise DataError(
-                f"{what} {other!r} and {name!r} have one name, case not counting; rename one"
-            )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from ctr_jax.data.errors import DataError
+from ctr_jax.data.errors import DataError, check_distinct
 
 _PARQUET = (".parquet", ".pq")
 _LONGEST_CELL = 1 << 30  # characters; Python's csv module stops at 131,072 unless told
@@ -83,14 +83,7 @@ def file_columns(path: Path) -> list[str]:
             f"{path}: the header looks separated by {found[0]!r} ({names[0][:80]!r}); separate "
             "columns by commas"
         )
-    seen: dict[str, str] = {}
-    for name in filter(None, names):
-        if (key := name.lower()) in seen:
-            raise DataError(
-                f"{path}: columns {seen[key]!r} and {name!r} have one name, case not counting; "
-                "rename one"
-            )
-        seen[key] = name
+    check_distinct(f"{path}: columns", filter(None, names))
     return names
 
 

@@ -246,12 +246,13 @@ def _joined(con: duckdb.DuckDBPyConnection, column: str, kinds: Mapping[Path, st
     if first == "FLOAT":
         return "DOUBLE"
     if first in INTEGERS:
-        if any(_has_fractions(con, p, column) for p in floats):
+        if any(has_fractions(con, from_parquet(p), column) for p in floats):
             return "DOUBLE"
         return "BIGINT"
     return first
 
 
-def _has_fractions(con: duckdb.DuckDBPyConnection, path: Path, column: str) -> bool:
-    query = f"SELECT count(*) FROM {from_parquet(path)}"
+def has_fractions(con: duckdb.DuckDBPyConnection, source: str, column: str) -> bool:
+    """Whether a column of floats, in a table, view or other SQL source, holds any."""
+    query = f"SELECT count(*) FROM {source}"
     return con.execute(f"{query} WHERE {not_whole(sql_name(column))}").fetchone()[0] > 0

@@ -1,23 +1,19 @@
-"""The whole loop on a small log: resume, refusal, meshes, evaluation."""
+"""The whole loop on a small log: resume, refusal, meshes, micro-batches."""
 
 import json
 import logging
 import os
-import shutil
 import threading
 
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from ctr_jax import embedding, evaluation, manifests, sharding, steps
+from ctr_jax import embedding, manifests, sharding, steps
 from ctr_jax.checkpoints import Checkpoints, ConfigMismatch
-from ctr_jax.config import ConfigError, identity
+from ctr_jax.config import ConfigError
 from ctr_jax.data import open_data, pipeline
-from ctr_jax.evaluation import evaluate
 from ctr_jax.training import NonFiniteLoss, train
-from ctr_jax.writers import write_json
 
 
 def final_state(config, workdir, step=None):
@@ -249,60 +245,6 @@ def test_micro_batches_that_do_not_fit_are_refused(small_config):
             steps.train_step(experiment)  # before a step is traced
 
 
-def test_evaluation_is_exact_whatever_the_batch(small_config, tmp_path):
-    train(small_config, tmp_path)
-    first = evaluate(small_config, tmp_path, step=6)
-    requests = {s: len(open_data(small_config).split(s)) for s in ("valid", "test")}
-    assert {s: first[s]["count"] for s in first} == requests
-    assert first["test"]["slices"]["history_length"]
-    metrics = Checkpoints(tmp_path, read_only=True).metrics(6)
-    assert metrics["test"]["auc"] == first["test"]["auc"]
-    assert (tmp_path / "evaluation" / "test" / "results.json").exists()
-    assert (tmp_path / "evaluation" / "test" / "reliability.png").exists()
-    assert not Checkpoints(tmp_path, read_only=True).is_being_evaluated(6)
-    for size, mesh in ((7, (1, 1)), (64, (4, 2))):
-        small_config.eval_batch_size = size
-        small_config.mesh.data, small_config.mesh.table = mesh
-        again = evaluate(small_config, tmp_path, step=6)
-        for split in first:
-            np.testing.assert_allclose(again[split]["logloss"], first[split]["logloss"], rtol=1e-6)
-            np.testing.assert_allclose(again[split]["auc"], first[split]["auc"], atol=1e-4)
-
-
-def test_the_best_step_is_chosen_and_a_missing_one_named(small_config, tmp_path):
-    with pytest.raises(FileNotFoundError, match="train it first"):
-        evaluate(small_config, tmp_path)
-    train(small_config, tmp_path)
-    checkpoints = Checkpoints(tmp_path, read_only=True)
-    for step, auc in ((3, 0.9), (6, 0.4)):
-        checkpoints.metrics_path(step).write_text(json.dumps({"valid": {"auc": auc}}))
-    evaluate(small_config, tmp_path, splits=("valid",))
-    results = json.loads((tmp_path / "evaluation" / "valid" / "results.json").read_text())
-    assert results["step"] == 3
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4 .* \[3, 6\]"):
-        evaluate(small_config, tmp_path, step=4)
-
-
-def test_measures_of_an_earlier_run_are_not_taken_for_those_of_a_new_one(small_config, tmp_path):
-    train(small_config, tmp_path)
-    checkpoints = Checkpoints(tmp_path, read_only=True)
-    evaluate(small_config, tmp_path, step=3)
-    measured = {step: checkpoints.metrics(step) for step in (3, 6)}
-    assert set(measured[3]) == {"valid", "test"}
-    checkpoints.marker_path(6).touch()
-
-    small_config.validate = False  # what is there already stays, as an evaluator left it
-    shutil.rmtree(tmp_path / "checkpoints" / "6")
-    train(small_config, tmp_path)
-    assert checkpoints.metrics(3) == measured[3] and checkpoints.metrics(6) == {}
-    assert not checkpoints.marker_path(6).exists()
-    shutil.rmtree(tmp_path / "checkpoints")
-    small_config.seed = 5
-    train(small_config, tmp_path)
-    assert checkpoints.metrics(3) == checkpoints.metrics(6) == {}
-    assert checkpoints.best("valid/auc") is None
-
-
 def test_a_finished_run_given_again_keeps_what_it_took(small_config, tmp_path):
     small_config.validate = False
     done = train(small_config, tmp_path)
@@ -333,112 +275,6 @@ def test_another_end_of_a_decaying_schedule_is_said(small_config, tmp_path, capl
     assert "schedule" not in caplog.text
 
 
-def test_watching_sees_every_step_of_a_finished_run(small_config, tmp_path):
-    small_config.validate = False
-    train(small_config, tmp_path)
-    evaluate(small_config, tmp_path, watch=True, splits=("valid",))
-    checkpoints = Checkpoints(tmp_path, read_only=True)
-    assert all("auc" in checkpoints.metrics(step)["valid"] for step in (3, 6))
-
-
-def test_watching_goes_on_where_the_trainer_deletes(small_config, tmp_path, monkeypatch):
-    small_config.validate, small_config.keep_last = False, 9
-    small_config.checkpoint_steps = 2
-    train(small_config, tmp_path)
-    checkpoints = Checkpoints(tmp_path, read_only=True)
-    score, scored = evaluation.score_split, []
-
-    def prune(*arguments, **how):  # while the first step is read
-        scored.append(max(s for s in checkpoints.steps() if checkpoints.is_being_evaluated(s)))
-        shutil.rmtree(tmp_path / "checkpoints" / "4", ignore_errors=True)
-        return score(*arguments, **how)
-
-    monkeypatch.setattr(evaluation, "score_split", prune)
-    evaluate(small_config, tmp_path, watch=True, splits=("valid",))
-    assert scored == [2, 6]
-
-
-def test_a_checkpoint_of_other_training_is_evaluated_and_of_another_model_not(
-    small_config, tmp_path
-):
-    train(small_config, tmp_path)
-    small_config.optimizer.learning_rate = 0.5  # no score depends on it
-    evaluate(small_config, tmp_path, step=3, splits=("valid",))
-    small_config.model.width = 16
-    with pytest.raises(ConfigMismatch, match="model.width: checkpoint 8, config 16"):
-        evaluate(small_config, tmp_path, step=3)
-
-
-def test_a_baseline_of_other_rows_is_refused_before_scoring(small_config, tmp_path, monkeypatch):
-    train(small_config, tmp_path / "run")
-    monkeypatch.setattr(evaluation, "score_split", None)
-    how = dict(splits=("valid",), relative_to=tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match=r"results.json is not there; eval.py writes it"):
-        evaluate(small_config, tmp_path / "run", **how)
-    path = tmp_path / "other" / "evaluation" / "valid" / "results.json"
-    write_json(path, {"split": "valid", "data_hash": "another"})
-    with pytest.raises(ConfigError, match="cannot be compared: data_hash"):
-        evaluate(small_config, tmp_path / "run", **how)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "says"),
-    [
-        ("best_metric", "valid/AUC", "choose one of valid/auc"),
-        ("best_metric", "test/auc", "choose one of valid/auc"),
-        ("best_metric", "valid/logloss", "choose one of .*-valid/logloss"),
-        ("slices", ("candidate/nope",), "the columns are candidate/category"),
-        ("dtype", "bf16", "choose one of float32"),
-        ("keep_last", 0, "must be 1 or more"),
-        ("batch_size", 0, "must be 1 or more"),
-        ("micro_batch", -16, "must be 0 or more"),
-        ("micro_batch", 5, "does not divide into micro-batches"),
-        ("length_buckets", (6,), "the last of them history_length"),
-        ("mesh.data", 9, "there are 8"),
-        ("mesh.data", 0, "must be 1 or more, or -1"),
-        ("mesh.table", 0, "mesh.table is 0; it must be 1 or more"),
-        ("mesh.table", -1, "must be 1 or more"),
-        ("model.base_rate", 0.0, "more than 0 and less than 1"),
-        ("clip_norm", -1.0, "must be 0 or more"),
-        ("clip_norm", float("nan"), "must be 0 or more"),
-        ("optimizer.learning_rate", -1.0, "optimizer.learning_rate is -1.0; it must be 0 or more"),
-        ("optimizer.b1", 1.5, "0 or more and less than 1"),
-        ("table_optimizer.b2", 1.0, "0 or more and less than 1"),
-        ("table_optimizer.eps", -1.0, "must be 0 or more"),
-        ("table_optimizer.init_scale", -1.0, "must be 0 or more"),
-        ("table_optimizer.final_fraction", 1.5, "from 0 to 1"),
-        ("model.module", "ctr_jax.head", "is no model: it has no build"),
-        ("model.module", "", "Empty module name"),
-        ("model.module", "baselines_jax.dinn", "No module named"),
-        ("model.module", "lrea_jax.model", "config.model has no field"),
-        ("loss.weights", ConfigDict({"nothing": 1.0}), "has .'nothing'., the model the losses ..;"),
-        ("learning_rate", 0.1, "config has no field 'learning_rate'"),
-        ("optimizer.lr", 0.1, "config.optimizer has no field 'lr'"),
-        ("model.embeding_width", 4, "did you mean embedding_width"),
-    ],
-)
-def test_a_page_that_cannot_be_is_refused_before_anything_is_saved(
-    small_config, tmp_path, field, value, says
-):
-    *groups, name = field.split(".")
-    group = small_config
-    for each in groups:
-        group = group[each]
-    group[name] = value
-    with pytest.raises(ConfigError, match=says):
-        train(small_config, tmp_path)
-    assert not list(tmp_path.glob("checkpoints/*"))
-
-
-def test_values_that_cannot_be_are_refused_before_data_are_read(small_config):
-    small_config.data.builder = "none"
-    for field, value in (("clip_norm", -1.0), ("best_metric", "test/auc")):
-        config = small_config.copy_and_resolve_references()
-        config[field] = value
-        with pytest.raises(ConfigError, match=field):
-            train(config, "nowhere")
-
-
 @pytest.mark.slow
 def test_bfloat16_activations_leave_tables_and_moments_float32(
     small_config, small_sparsectr, tmp_path
@@ -453,28 +289,3 @@ def test_bfloat16_activations_leave_tables_and_moments_float32(
         x.dtype for k in ("tables", "table_opt", "model", "opt") for x in jax.tree.leaves(state[k])
     }
     assert kinds <= {np.dtype("float32"), np.dtype("int32")}
-
-
-def test_identity_covers_what_a_run_is(small_config):
-    before = identity(small_config, "hash")
-    small_config.total_steps = 1000
-    small_config.mesh.data = 4
-    small_config.data.raw_dir = "elsewhere"
-    assert identity(small_config, "hash") == before
-    small_config.batch_size = 32
-    assert identity(small_config, "hash") != before
-    assert identity(small_config, "other") != before
-
-
-def test_what_only_speed_depends_on_is_no_part_of_a_run(small_config, tmp_path):
-    """Nor is it where a checkpoint from before was saved with it."""
-    small_config.total_steps, small_config.validate = 2, False
-    train(small_config, tmp_path)
-    for field in ("tile_bytes", "rows_per_tile"):
-        small_config.model[field] = 1 << 20
-    assert "tile_bytes" not in identity(small_config, "hash")["model"]
-    (path,) = (tmp_path / "checkpoints" / "2" / "identity").glob("metadata*")
-    saved = json.loads(path.read_text())
-    saved["model"]["tile_bytes"] = 0
-    path.write_text(json.dumps(saved))
-    assert "tile_bytes" not in Checkpoints(tmp_path, read_only=True).identity(2)["model"]

@@ -42,6 +42,15 @@ def compare(config: dict, tmp_path: Path, shards: tuple[int, ...]) -> None:
         assert_same(path, prepare_beam({**config, "prepared_dir": directory}, n))
 
 
+def check_same_message(config: dict, shards: int, match: str) -> None:
+    messages = []
+    for run in (prepare, lambda c: prepare_beam(c, shards)):
+        with pytest.raises(DataError, match=match) as error:
+            run(config)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
 @pytest.mark.slow
 def test_the_demo_layout_for_any_number_of_shards(tmp_path):
     synthetic.generate(
@@ -116,12 +125,7 @@ def test_columns_that_cannot_share_ids_get_the_same_message(tmp_path):
         event["clicked"] = event["item"] + (0.5 if number == 100 else 0.0)
     raw_logs.write(tmp_path / "raw", log, "parquet")
     config = test_events.config(tmp_path, behaviour={"item": "clicked"})
-    messages = []
-    for run in (prepare, lambda c: prepare_beam(c, 2)):
-        with pytest.raises(DataError, match="vocabulary 'item'") as error:
-            run(config)
-        messages.append(str(error.value))
-    assert messages[0] == messages[1]
+    check_same_message(config, 2, "vocabulary 'item'")
 
 
 def test_of_several_bad_rows_the_embedded_engines_first_is_named(tmp_path):
@@ -130,11 +134,7 @@ def test_of_several_bad_rows_the_embedded_engines_first_is_named(tmp_path):
         log["events"][row]["ts"] = -1 - row
     raw_logs.write(tmp_path / "raw", log, "parquet", parts=2)
     config = test_events.config(tmp_path)
-    with pytest.raises(DataError, match="negative time: '-61'") as expected:
-        prepare(config)
-    with pytest.raises(DataError) as found:
-        prepare_beam(config, 8)
-    assert str(found.value) == str(expected.value)
+    check_same_message(config, 8, "negative time: '-61'")
 
 
 @pytest.mark.parametrize("column", ["user", "session"])
@@ -144,12 +144,7 @@ def test_nan_is_missing_beside_numbers_of_the_same_file(tmp_path, column):
         event[column] = float("nan") if number == 60 else float(event[column])
     raw_logs.write(tmp_path / "raw", log, "parquet")
     config = test_events.config(tmp_path, request="e.session", max_candidates=4)
-    messages = []
-    for run in (prepare, lambda c: prepare_beam(c, 2)):
-        with pytest.raises(DataError, match="row group 1, row 10: missing") as error:
-            run(config)
-        messages.append(str(error.value))
-    assert messages[0] == messages[1]
+    check_same_message(config, 2, "row group 1, row 10: missing")
 
 
 def test_a_user_that_occurs_twice_is_named_before_a_bad_event(tmp_path):
@@ -158,9 +153,7 @@ def test_a_user_that_occurs_twice_is_named_before_a_bad_event(tmp_path):
     log["users"].append(dict(log["users"][2]))
     raw_logs.write(tmp_path / "raw", log, "parquet")
     config = test_events.config(tmp_path, users="users.parquet")
-    for run in (prepare, lambda c: prepare_beam(c, 3)):
-        with pytest.raises(DataError, match="users.parquet: .* occurs twice"):
-            run(config)
+    check_same_message(config, 3, "users.parquet: .* occurs twice")
 
 
 def test_a_malformed_row_gets_the_same_message(tmp_path):
@@ -168,12 +161,7 @@ def test_a_malformed_row_gets_the_same_message(tmp_path):
     with open(tmp_path / "raw" / "events-1.csv", "a") as file:
         file.write("1,2\n")
     config = test_events.config(tmp_path, events="events-*.csv")
-    messages = []
-    for run in (prepare, lambda c: prepare_beam(c, 2)):
-        with pytest.raises(DataError, match="row of the wrong width") as error:
-            run(config)
-        messages.append(str(error.value))
-    assert messages[0] == messages[1]
+    check_same_message(config, 2, "row of the wrong width")
 
 
 def test_a_line_behind_skipped_ones_gets_the_same_message(tmp_path):
@@ -182,9 +170,8 @@ def test_a_line_behind_skipped_ones_gets_the_same_message(tmp_path):
     (tmp_path / "raw" / "users.csv").write_text("\n".join(lines))
     options = {"events": "events-*.csv", "users": "users.csv", "on_bad_row": "skip"}
     options["types"] = {"user": "BIGINT"}
-    for run in (prepare, lambda c: prepare_beam(c, 2)):
-        with pytest.raises(DataError, match=r"users.csv: line 24: user 105 occurs twice"):
-            run(test_events.config(tmp_path, **options))
+    config = test_events.config(tmp_path, **options)
+    check_same_message(config, 2, "users.csv: line 24: user 105 occurs twice")
 
 
 @pytest.mark.slow
