@@ -264,7 +264,8 @@ def _carried(number: int, stream: Stream) -> Iterable[bytes]:
     rows, users = rows[order], users[order]
     for start in range(0, len(rows), _CARRY_ROWS):
         some = slice(start, start + _CARRY_ROWS)
-        columns = {n: tail.take(n, rows[some]) for n in tail.schema.stored}
+        records = tail.take(rows[some])
+        columns = {n: records[n] for n in tail.schema.stored}
         yield log.append_payload(number, tail.schema, users[some], columns)
 
 

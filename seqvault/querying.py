@@ -86,7 +86,8 @@ def look_up(state: State, stream: int, users: np.ndarray, names: tuple[str, ...]
     starts, fresh = None, {}
     if any_fresh:
         starts, numbers = tail.rows(held[4])
-        fresh = {name: tail.take(name, numbers) for name in layout.names}
+        records = tail.take(numbers)
+        fresh = {name: records[name] for name in layout.names}
     return Looked(state.segments.source, layout, stream, held, starts, fresh)
 
 

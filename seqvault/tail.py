@@ -9,6 +9,15 @@ from numba import njit
 
 from seqvault.schema import TIME, Schema
 
+_PREVIOUS = "previous row"  # no column's name: it is no identifier
+
+
+def _record(schema: Schema) -> np.dtype:
+    """A row and what links it: together, so that reading one waits for memory once."""
+    fields = [(_PREVIOUS, np.dtype(np.uint32)), *schema.stored.items()]
+    fields.sort(key=lambda field: -field[1].itemsize)  # no gaps between
+    return np.dtype(fields, align=True)
+
 
 @njit(cache=True, nogil=True)
 def _link(entries, numbers, first, previous):
@@ -20,12 +29,23 @@ def _link(entries, numbers, first, previous):
 
 @njit(cache=True, nogil=True)
 def _count(heads, previous):
-    counts = np.zeros(len(heads), np.int64)
-    for i in range(len(heads)):
-        row = heads[i]
-        while row:
-            counts[i] += 1
-            row = previous[row - 1]
+    """[B] rows behind each of `heads` [B].
+
+    All users go a row back in turns: their rows come from memory side by side, while of one user
+    each waits for the one before.
+    """
+    counts, rows = np.zeros(len(heads), np.int64), heads.astype(np.int64)
+    waiting, n = np.arange(len(heads)), len(heads)
+    while n:
+        kept = 0
+        for k in range(n):
+            i = waiting[k]
+            if rows[i]:
+                counts[i] += 1
+                rows[i] = previous[rows[i] - 1]
+                waiting[kept] = i
+                kept += 1
+        n = kept
     return counts
 
 
@@ -53,41 +73,43 @@ class Tail:
         self.schema = schema
         self.count = 0  # rows, dead ones included
         self.live = 0
-        self._previous = np.zeros(capacity, np.uint32)
-        self._columns = {n: np.zeros(capacity, d) for n, d in schema.stored.items()}
+        self._records = np.zeros(capacity, _record(schema))
 
     @property
     def nbytes(self) -> int:
-        return self._previous.nbytes + sum(c.nbytes for c in self._columns.values())
+        return self._records.nbytes
 
     def add(
         self, entries: np.ndarray, numbers: np.ndarray, columns: Mapping[str, np.ndarray]
     ) -> None:
         """Adds rows, in order, to the entries `numbers` [N]; `columns` are those of the schema."""
         first, count = self.count, self.count + len(numbers)
-        if count > len(self._previous):
-            capacity = max(count, 2 * len(self._previous))
-            self._previous = _grown(self._previous, first, capacity)
-            self._columns = {n: _grown(c, first, capacity) for n, c in self._columns.items()}
-        for name, column in self._columns.items():
-            column[first:count] = columns[name]
-        _link(entries, numbers, first, self._previous)
+        if count > len(self._records):
+            records = np.zeros(max(count, 2 * len(self._records)), self._records.dtype)
+            records[:first] = self._records[:first]
+            self._records = records
+        for name in self.schema.stored:
+            self._records[name][first:count] = columns[name]
+        _link(entries, numbers, first, self._records[_PREVIOUS])
         self.count, self.live = count, self.live + len(numbers)
 
     def counts(self, heads: np.ndarray) -> np.ndarray:
         """[B] rows behind each of `heads` [B] (the entries' `tail`)."""
-        return _count(heads, self._previous)
+        return _count(heads, self._records[_PREVIOUS])
 
     def rows(self, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(starts [B + 1], rows): the row numbers of each head by (time, arrival)."""
         starts = np.zeros(len(heads) + 1, np.int64)
         np.cumsum(self.counts(heads), out=starts[1:])
         rows = np.empty(starts[-1], np.int64)
-        _collect(heads, self._previous, self._columns[TIME], starts, rows)
+        _collect(heads, self._records[_PREVIOUS], self._records[TIME], starts, rows)
         return starts, rows
 
-    def take(self, name: str, rows: np.ndarray) -> np.ndarray:
-        return self._columns[name][rows]
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """A copy of these rows, as records: a column is a field, as of its name."""
+        words = self._records.view(np.uint32).reshape(len(self._records), -1)
+        # As rows of numbers: numpy takes records one field at a time.
+        return words.take(rows, 0).view(self._records.dtype)[:, 0]
 
     def drop(self, entries: np.ndarray, numbers: np.ndarray) -> None:
         """Forgets the rows of entries `numbers`; their room comes back with `compacted`."""
@@ -102,15 +124,10 @@ class Tail:
         new = Tail(schema or self.schema, max(1024, len(rows)))
         order = np.argsort(rows, kind="stable")  # by arrival again
         entries["tail"][numbers] = 0
-        columns = under_schema({n: c[rows[order]] for n, c in self._columns.items()}, new.schema)
+        records = self.take(rows[order])
+        columns = under_schema({n: records[n] for n in self.schema.stored}, new.schema)
         new.add(entries, owners[order], columns)
         return new
-
-
-def _grown(values: np.ndarray, count: int, capacity: int) -> np.ndarray:
-    grown = np.zeros(capacity, values.dtype)
-    grown[:count] = values[:count]
-    return grown
 
 
 def under_schema(columns: Mapping[str, np.ndarray], schema: Schema) -> dict[str, np.ndarray]:
