@@ -1,0 +1,167 @@
+"""Exported models: the same scores without this library, for platforms that are not here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ctr_jax import export, serving, steps
+from ctr_jax.config import ConfigError
+from ctr_jax.data import open_data
+from ctr_jax.training import train
+from kernels import ahead_of_time
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+pytest.importorskip("safetensors")
+pytest.importorskip("flatbuffers")
+
+
+@pytest.fixture(scope="module")
+def raw_values(tmp_path_factory):
+    """A log with every encoding: texts, integers, quantile buckets and standardised numbers."""
+    import pyarrow as pa
+
+    rng, rows = np.random.default_rng(0), 600
+    item = rng.integers(0, 30, rows)
+    price = np.where(rng.random(rows) < 0.1, np.nan, rng.normal(size=rows))
+    ts = 1_000_000_000 + np.sort(rng.integers(0, 9**7, rows))
+    table = dict(user=rng.integers(0, 20, rows), ts=ts, item=item,
+                 name=[f"a name longer than sixteen {i}" for i in item],
+                 price=pa.array(price, from_pandas=True), weight=pa.array(price, from_pandas=True),
+                 label=rng.integers(0, 2, rows))  # fmt: skip
+    directory = tmp_path_factory.mktemp("raw_values")
+    pq.write_table(pa.table(table), directory / "events.parquet")
+    return directory
+
+
+@pytest.fixture
+def trained(small_config, raw_values, tmp_path):
+    """A config of that log, two steps trained in tmp_path."""
+    split = 1_000_000_000 + 9**7 // 2
+    del small_config.data.users, small_config.data.users_key, small_config.data.user_columns
+    small_config.data.candidate = dict(item="item", name="name", price="price", weight="weight")
+    small_config.data.behaviour = dict(item="item", name="name")
+    small_config.data.update(
+        dict(name="values", raw_dir=str(raw_values), label="label", train=f"ts < {split}",
+             test=f"ts >= {split}",
+             kinds={"candidate/price": "quantile", "candidate/weight": "standard"})
+    )  # fmt: skip
+    small_config.total_steps = small_config.checkpoint_steps = 2
+    train(small_config, tmp_path / "run")
+    return small_config
+
+
+def test_a_process_without_this_library_scores_alike(trained, tmp_path):
+    out = tmp_path / "exported"
+    about = export.export(trained, tmp_path / "run", out, [(2, 5), (1, 3)])
+    assert about["step"] == 2 and len(about["functions"]) == 2
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__');"
+        "ours = ('ctr_jax', 'kernels', 'seqvault', 'baselines_jax', 'flax');"
+        "print([m for m in sys.modules if m.split('.')[0] in ours])"
+    )
+    command = [sys.executable, "-c", code, ROOT / "examples" / "serve_exported.py", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "differ from those at the export by 0.0e+00" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("model", ["sparsectr_jax.model", "laser_jax.model", "lrea_jax.model"])
+def test_logits_are_those_of_the_library(small_config, model, tmp_path):
+    from importlib import import_module
+
+    from serve_exported import Model
+
+    small_config.model = import_module(model).default_config()
+    small_config.model.embedding_width = 8
+    small_config.loss.weights = {"non_negativity": 0.3} if "lrea" in model else {}
+    small_config.total_steps = small_config.checkpoint_steps = 1
+    train(small_config, tmp_path / "run")
+    export.export(small_config, tmp_path / "run", tmp_path / "out", [(7, 1)])
+    served = Model(tmp_path / "out").functions[7, 1]
+
+    experiment, weights, _ = serving.restore(small_config, tmp_path / "run")
+    batch = open_data(small_config).split("test").read(np.arange(7), small_config.history_length)
+    with jax.set_mesh(experiment.mesh):
+        expected = steps.score_step(experiment)(weights, batch)
+    np.testing.assert_allclose(served(export.flat(batch)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_raw_values_are_encoded_as_they_were_prepared(trained, raw_values, tmp_path):
+    from serve_exported import Model
+
+    export.export(trained, tmp_path / "run", tmp_path / "out", [(1, 1)])
+    model = Model(tmp_path / "out")
+    raw = pq.read_table(raw_values / "events.parquet").to_pydict()
+    data = open_data(trained)
+    requests = [data.split(s) for s in ("train", "valid", "test")]
+    records = np.concatenate([r.records(np.arange(len(r))) for r in requests])
+    records = records[np.argsort(records["request_time"], kind="stable")]
+    order = np.argsort(raw["ts"], kind="stable")
+    assert len(records) == len(order)
+    for column in ("item", "name", "price", "weight"):
+        values = [raw[column][i] for i in order]
+        found = model.encode(f"candidate/{column}", values)
+        stored = records[f"candidate/{column}"][:, 0]
+        assert found.dtype == stored.dtype
+        np.testing.assert_allclose(found, stored, rtol=1e-6, err_msg=column)
+        assert len(np.unique(stored)) > 5
+    assert model.encode("candidate/name", ["never seen", None]).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_other_platforms_are_exported_for_here(trained, tmp_path, platform):
+    about = export.export(trained, tmp_path / "run", tmp_path / "out", [(2, 4)], platform)
+    artifact = (tmp_path / "out" / about["functions"][0]["file"]).read_bytes()
+    exported = jax.export.deserialize(artifact)
+    assert exported.platforms == (platform,) and exported.nr_devices == 1
+    if platform == "tpu" and ahead_of_time.can_compile_for_tpu():
+        given = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+        assert ahead_of_time.tpu_bytes("v5e:2x2", exported.call, *given).arguments > 0
+
+
+def test_what_cannot_be_exported_says_so(trained, tmp_path, monkeypatch):
+    for wrong, message in (
+        (dict(shapes=[]), "shapes must be pairs"),
+        (dict(shapes=[(0, 3)]), "shapes must be pairs"),
+        (dict(platform="rocm"), "platform must be one of"),
+        (dict(step=7), "no checkpoint of step 7"),
+    ):
+        with pytest.raises((ConfigError, FileNotFoundError), match=message):
+            export.export(trained, tmp_path / "run", tmp_path / "out", **wrong)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="is there already"):
+        export.export(trained, tmp_path / "run", tmp_path / "there")
+    with pytest.raises(ConfigError, match="write requests x candidates"):
+        export.parse_shapes(["1x"])
+
+    def fails(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(export, "write_json", fails)
+    with pytest.raises(OSError, match="no space"):
+        export.export(trained, tmp_path / "run", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
+
+
+def test_the_command(trained, small_config, tmp_path):
+    page = tmp_path / "page.py"
+    page.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"def get_config(arg=''):\n    return ConfigDict(json.loads({small_config.to_json()!r}))\n"
+    )
+    command = [sys.executable, "-m", "ctr_jax.export", f"--config={page}", "--shapes=1x2",
+               f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["platform"] == "cpu"
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ConfigError: ")
