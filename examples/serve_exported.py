@@ -62,7 +62,8 @@ class Model:
             table = pq.read_table(self.directory / "vocabularies" / f"{name}.parquet")
             values, ids = table["value"].to_pylist(), table["id"].to_pylist()
             edges = values and isinstance(values[0], float)
-            self._vocabularies[name] = np.array(values) if edges else dict(zip(values, ids))
+            known = np.array(values) if edges else dict(zip(values, ids, strict=True))
+            self._vocabularies[name] = known
         return self._vocabularies[name]
 
 
