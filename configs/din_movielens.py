@@ -7,11 +7,13 @@ from ml_collections import ConfigDict
 
 from baselines_jax import din
 from configs import sparsectr_movielens
+from ctr_jax.config import ADAGRAD_TABLES
 
 
 def get_config(variant: str = "") -> ConfigDict:
     config = sparsectr_movielens.protocol(variant)
     config.name = f"din_{config.name}"
     config.model = din.default_config()
-    config.optimizer.learning_rate = config.table_optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 1e-3
+    config.table_optimizer.update(ADAGRAD_TABLES)  # as SparseCTR's page; so chosen there
     return config
