@@ -3,7 +3,8 @@
     python train.py --config=configs/sparsectr_movielens.py --config.data.raw_dir=DIR
     python eval.py  --config=configs/sparsectr_movielens.py --config.data.raw_dir=DIR
 
-DIR holds events.parquet and users.parquet (research use, not shipped). Expected: README.md.
+DIR holds events.parquet and users.parquet, which examples/movielens_1m.py makes of the files that
+GroupLens publishes. Expected: README.md.
 """
 
 from ml_collections import ConfigDict

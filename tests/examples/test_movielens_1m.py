@@ -1,0 +1,43 @@
+"""The published files of MovieLens 1M become the raw files of the pages."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = {
+    "movies.dat": "1::Toy Story (1995)::Animation|Children's\n2::Am\xe9lie (2001)::Comedy\n",
+    "ratings.dat": "2::1::5::9\n1::2::3::30\n1::1::4::20\n1::2::1::20\n",
+    "users.dat": "1::F::1::10::48067\n2::M::56::16::70072\n",
+}
+
+
+def convert(source, out):
+    script = ROOT / "examples" / "movielens_1m.py"
+    return subprocess.run([sys.executable, script, source, out], capture_output=True, text=True)
+
+
+def test_events_are_in_time_order_within_users(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    assert "4 ratings of 2 users" in convert(tmp_path, tmp_path / "out").stdout
+    events = pq.read_table(tmp_path / "out" / "events.parquet").to_pydict()
+    assert events == {
+        "user": [1, 1, 1, 2],
+        "item": [1, 2, 2, 1],  # of equal times the first of the file is first
+        "genres": ["Animation|Children's", "Comedy", "Comedy", "Animation|Children's"],
+        "rating": [4, 1, 3, 5],
+        "ts": [20, 20, 30, 9],
+    }
+    users = pq.read_table(tmp_path / "out" / "users.parquet").to_pydict()
+    assert users == {"user": [1, 2], "gender": ["F", "M"], "age": [1, 56], "occupation": [10, 16]}
+
+
+def test_a_line_with_other_fields_is_named(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    (tmp_path / "ratings.dat").write_text("1::1::4\n")
+    done = convert(tmp_path, tmp_path / "out")
+    assert done.returncode == 1 and "ratings.dat:1: 3 fields, not 4" in done.stderr
