@@ -99,14 +99,8 @@ def export(
     temporary.mkdir(parents=True)
     try:
         for requests, candidates in shapes:
-            score = _score(experiment, weights, requests)
-            batch = _shape_of(experiment, requests, candidates)
             file = f"score_{requests}x{candidates}.jax"
-            with jax.sharding.use_abstract_mesh(_mesh(experiment, platform)):
-                exported = jax.export.export(jax.jit(score), platforms=[platform])(
-                    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flat_weights),
-                    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flat(batch)),
-                )
+            exported = lowered(experiment, weights, requests, candidates, platform)
             (temporary / file).write_bytes(exported.serialize())
             about["functions"].append(
                 {"requests": requests, "candidates": candidates, "file": file}
@@ -122,6 +116,24 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return about
+
+
+def lowered(
+    experiment: steps.Experiment, weights: Mapping, requests: int, candidates: int, platform: str
+) -> jax.export.Exported:
+    """(flat weights, flat request) -> logits [B, C], for one device of the platform.
+
+    Args:
+      weights: arrays or their shapes, as of serving.restore.
+    """
+    spec = dataclasses.replace(experiment.spec, max_candidates=candidates)
+    batch = steps.empty_batch(spec, requests, experiment.config.history_length)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (_flat(weights), flat(batch))
+    )
+    with jax.sharding.use_abstract_mesh(_mesh(experiment, platform)):
+        score = jax.jit(_score(experiment, weights, requests))
+        return jax.export.export(score, platforms=[platform])(*arguments)
 
 
 def flat(batch: RequestBatch) -> dict[str, np.ndarray]:
@@ -180,11 +192,6 @@ def _batch(request: Mapping, spec: DataSpec) -> RequestBatch:
     label = jax.numpy.zeros(request["candidate_mask"].shape, np.float32)
     given = {name: request[name] for name in OF_REQUEST}
     return RequestBatch(user_id=number, request_id=number, label=label, **given, **groups)
-
-
-def _shape_of(experiment: steps.Experiment, requests: int, candidates: int) -> RequestBatch:
-    spec = dataclasses.replace(experiment.spec, max_candidates=candidates)
-    return steps.empty_batch(spec, requests, experiment.config.history_length)
 
 
 def _mesh(experiment: steps.Experiment, platform: str) -> AbstractMesh:

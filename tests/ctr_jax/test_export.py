@@ -10,9 +10,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ctr_jax import export, serving, steps
+from configs import baselines_alibaba
+from configs.baselines_alibaba import ROWS
+from ctr_jax import export, serving, sharding, steps
 from ctr_jax.config import ConfigError
 from ctr_jax.data import open_data
+from ctr_jax.data.expected import expected_spec
 from ctr_jax.training import train
 from kernels import ahead_of_time
 
@@ -126,6 +129,23 @@ def test_other_platforms_are_exported_for_here(trained, tmp_path, platform):
         given = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]
         given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
         assert ahead_of_time.tpu_bytes("v5e:2x2", exported.call, *given).arguments > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
+def test_every_baseline_can_be_exported(row):
+    config = baselines_alibaba.get_config(row)
+    config.history_length = min(config.history_length, 128)
+    spec, _ = expected_spec(config, {})
+    mesh = sharding.make_mesh(data=1)
+    with jax.set_mesh(mesh):
+        experiment = steps.bind(config, spec, mesh, 1)
+        shapes = steps.state_shapes(experiment)
+    weights = {name: shapes[name] for name in ("tables", "model", "model_state")}
+    for platform in export.PLATFORMS:
+        exported = export.lowered(experiment, weights, 2, 50, platform)
+        assert exported.platforms == (platform,)
+        assert [x.shape for x in exported.out_avals] == [(2, 50)]
 
 
 def test_what_cannot_be_exported_says_so(trained, tmp_path, monkeypatch):
