@@ -3,11 +3,6 @@
 Scores are logits everywhere: the order is theirs (float32 sigmoids saturate and make ties that the
 model did not make), and logloss comes from them without cancellation. `logit` converts
 probabilities. A value that is not defined (AUC of one class) is None, never NaN.
-
-How the AUC is fast: a float32 has an order-preserving 32-bit integer code, so (group, code, label)
-fits one uint64 and a plain sort of those replaces every lexsort; float64 scores are first replaced
-by their dense ranks. Rows with equal (group, code) form a run, and the AUC needs only each run's
-positives and negatives.
 """
 
 from __future__ import annotations
@@ -19,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ctr_jax.batch import RequestBatch
+from ctr_jax.rank_sums import below, group_aucs, tie_runs
 
 NORMAL_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
@@ -149,7 +145,7 @@ def auc(labels: Any, scores: Any, weights: Any = None) -> float | None:
     labels, scores, weights = checked(labels, scores, weights)
     if not len(labels):
         return None
-    value, pos, neg, _ = _group_aucs(labels, order_codes(scores), None, weights)
+    value, pos, neg, _ = group_aucs(labels, order_codes(scores), None, weights)
     return float(value[0]) if pos[0] > 0 and neg[0] > 0 else None
 
 
@@ -164,9 +160,9 @@ def auc_standard_error(labels: Any, scores: Any) -> float | None:
     negatives = len(labels) - positives
     if positives < 2 or negatives < 2:
         return None
-    pos, neg, first, _ = _tie_runs(labels, order_codes(scores), None, None)
-    wins = (_below(neg, first) + neg / 2) / negatives  # DeLong's V10: of a positive of this run
-    losses = (positives - _below(pos, first) - pos / 2) / positives  # V01: of a negative
+    pos, neg, first, _ = tie_runs(labels, order_codes(scores), None, None)
+    wins = (below(neg, first) + neg / 2) / negatives  # DeLong's V10: of a positive of this run
+    losses = (positives - below(pos, first) - pos / 2) / positives  # V01: of a negative
     value = float((pos * wins).sum() / positives)
     v10 = (pos * (wins - value) ** 2).sum() / (positives - 1)
     v01 = (neg * (losses - value) ** 2).sum() / (negatives - 1)
@@ -191,7 +187,7 @@ def gauc(
     labels, scores, weights = checked(labels, scores, weights)
     if not len(labels):
         return GroupAUC(None, 0.0, 0, 0, 0)
-    value, pos, neg, rows = _group_aucs(labels, order_codes(scores), groups, weights)
+    value, pos, neg, rows = group_aucs(labels, order_codes(scores), groups, weights)
     counted = (pos > 0) & (neg > 0)
     weight = np.where(counted, pos + neg, 0)
     coverage = float(weight.sum() / (pos + neg).sum())
@@ -232,8 +228,12 @@ def calibration(labels: Any, logits: Any, weights: Any = None) -> float | None:
 
 
 def rela_impr(value: float | None, baseline: float | None) -> float | None:
-    """RelaImpr in percent: ((AUC - .5) / (AUC_baseline - .5) - 1) * 100; None if undefined."""
-    if value is None or baseline is None or baseline == 0.5:
+    """RelaImpr in percent: ((AUC - .5) / (AUC_baseline - .5) - 1) * 100 (Yan et al. 2014).
+
+    None where either is, and of a baseline at or below .5, the AUC of a guess: there is nothing to
+    be relative to, and the formula would make a loss of every improvement on it.
+    """
+    if value is None or baseline is None or baseline <= 0.5:
         return None
     return ((value - 0.5) / (baseline - 0.5) - 1) * 100
 
@@ -259,8 +259,12 @@ def reliability_bins(
         return []
     edges = np.unique(np.sort(logits)[np.arange(1, bins) * len(logits) // bins])
     index = np.searchsorted(edges, logits, side="right")
-    w = np.ones(len(labels)) if weights is None else weights
     size = len(edges) + 1
+    w = np.ones(len(labels))
+    if weights is not None:  # by the heaviest of their bin: a bin's figures do not depend on it
+        heaviest = np.zeros(size)
+        np.maximum.at(heaviest, index, weights)
+        w = weights / heaviest[index]
     count = np.bincount(index, minlength=size)
     used = np.flatnonzero(count)
     total, squares, predicted, positive = (
@@ -319,78 +323,5 @@ def _mean(values: np.ndarray, weights: np.ndarray | None) -> float | None:
         return None
     if weights is None:
         return float(np.sum(values, dtype=np.float64) / len(values))
+    weights = weights / weights.max()  # whose own sum may overflow, or a product come to nothing
     return float(np.sum(values * weights) / np.sum(weights))
-
-
-def _tie_runs(
-    labels: np.ndarray, codes: np.ndarray, groups: np.ndarray | None, weights: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Runs of equal score within a group, ascending: the sufficient statistics of every AUC.
-
-    Returns:
-      positives [R], negatives [R] (int64, or float64 if weighted), first run [G] of each group,
-      first row [R + 1] of each run.
-    """
-    key = codes.astype(np.uint64)
-    key <<= np.uint64(1)
-    key |= labels
-    if groups is not None:
-        key |= _dense(groups) << np.uint64(33)
-    if weights is None:
-        key.sort()
-        positive = (key & np.uint64(1)).astype(np.uint8)
-        weight = None
-    else:
-        order = np.argsort(key)
-        key, weight = key[order], weights[order]
-        positive = weight * (key & np.uint64(1))
-    key >>= np.uint64(1)
-    starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-    rows = np.append(starts, len(key))
-    kind = np.int64 if weights is None else np.float64
-    pos = np.add.reduceat(positive, starts, dtype=kind)
-    if weight is None:
-        neg = np.diff(rows) - pos
-    else:
-        neg = np.add.reduceat(weight - positive, starts)
-    group = key[starts] >> np.uint64(32)
-    first = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
-    return pos, neg, first, rows
-
-
-def _dense(groups: np.ndarray) -> np.ndarray:
-    """[N] uint64 below 2**31, one for each distinct group."""
-    if groups.dtype.kind in "iu":
-        low = groups.min()
-        if int(groups.max()) - int(low) < 1 << 31:
-            if groups.dtype.itemsize < 8:
-                return (groups.astype(np.int64) - int(low)).astype(np.uint64)
-            return (groups - low).astype(np.uint64)
-    return np.unique(groups, return_inverse=True)[1].astype(np.uint64)
-
-
-def _below(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Sum of the earlier runs of the same group, [R].
-
-    One cumulative sum with a slot before each group that takes the group before it off again:
-    float weights then round at the scale of their own group, not of everything that came before.
-    """
-    sizes = np.diff(np.append(first, len(values)))
-    shift = np.repeat(np.arange(1, len(first) + 1), sizes)
-    slot = first + np.arange(len(first))
-    place = np.arange(len(values)) + shift
-    spread = np.zeros(len(values) + len(first), values.dtype)
-    spread[place] = values
-    spread[slot[1:]] = -np.add.reduceat(values, first)[:-1]
-    total = np.cumsum(spread)
-    return total[place - 1] - np.repeat(total[slot], sizes)
-
-
-def _group_aucs(labels, codes, groups, weights):
-    """AUC, positives, negatives and rows of each group, [G]; the AUC is 0 for one class."""
-    pos, neg, first, rows = _tie_runs(labels, codes, groups, weights)
-    # Twice the Mann-Whitney count, so that a tie's half stays an integer.
-    twice = np.add.reduceat(pos * (2 * _below(neg, first) + neg), first)
-    pos, neg = np.add.reduceat(pos, first), np.add.reduceat(neg, first)
-    pairs = 2 * pos * neg
-    return twice / np.where(pairs > 0, pairs, 1), pos, neg, np.diff(rows[np.append(first, -1)])

@@ -196,6 +196,8 @@ def refuse_other_rows(
 def compare(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
     """Differences to a baseline and RelaImpr (percent, AUC and GAUC by user) over it.
 
+    RelaImpr is None, n/a in the table, over a baseline at or below .5; the difference stays.
+
     Raises:
       ConfigError: split, data_hash, count or positives differ: the runs saw other rows.
     """

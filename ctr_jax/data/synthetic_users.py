@@ -163,7 +163,7 @@ def draw_requests(
     count = np.clip(1 + room // 5, 0, MAX_REQUESTS_PER_SESSION) * eligible * (room >= 0)
     session = np.repeat(np.arange(len(count)), count)
     order = np.arange(len(session)) - np.repeat(np.cumsum(count) - count, count)
-    # Strata of equal width, so that requests of a session are at least four behaviours apart.
+    # Strata of equal width: requests of a session are four behaviours apart, now and then three.
     width = (room[session] + 1) / np.maximum(count[session], 1)
     place = hashed_uniform(sessions.key[session], "place", order)
     free = np.maximum(width - 4, 1)

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from configs import laser_alibaba, lrea_industrial, sparsectr_alibaba
-from ctr_jax import planner, sharding, steps
+from ctr_jax import describe, flops, planner, sharding, steps
 from ctr_jax.data import open_data
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.expected import expected_spec
@@ -39,7 +39,29 @@ def test_what_is_planned_is_what_a_run_holds(small_config):
         assert plan.held[part] == nbytes(state[part]), part
     assert plan.mesh == {"data": 2, "table": 2} and plan.fits
     assert plan.temporaries > 0 and plan.traffic["all-reduce"][1] > 0
-    assert plan.operations == planner.make_plan(small_config, spec, "cpu:4").operations
+
+
+def test_what_is_planned_is_what_the_compiler_says(small_config):
+    small_config.mesh.data, small_config.mesh.table = 2, 2
+    spec = open_data(small_config).spec
+    plan = planner.make_plan(small_config, spec, "cpu:4")
+    mesh = sharding.make_mesh(data=2, table=2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        experiment = steps.bind(small_config, spec, mesh, total_steps=1)
+        state = steps.state_shapes(experiment)
+        batch = planner._batch_shapes(experiment)
+        stats = steps.train_step(experiment).lower(state, batch).compile().memory_analysis()
+        gradient, arguments = describe.training_pass(experiment, "xla")
+        counted = flops.count(gradient, *arguments)
+    # The requests are split over `data`; the devices along `table` do the same ones.
+    assert plan.operations == sum(counted.values()) / 2 > 64 * 12 * 8
+    held = sum(plan.held.values())
+    assert held == stats.argument_size_in_bytes
+    assert plan.outputs == stats.output_size_in_bytes - stats.alias_size_in_bytes
+    assert plan.temporaries == stats.temp_size_in_bytes > 0
+    assert plan.total == held + plan.outputs + plan.temporaries + plan.code
+    # The state is donated: of what comes back, a few figures and the list of it take memory.
+    assert 0 < plan.outputs < 1000 < held / 30 and stats.alias_size_in_bytes > 0.7 * held
 
 
 def test_the_text_names_every_part(prepared_config):

@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from ctr_jax import metrics, reports
+from ctr_jax.config import ConfigError
 
 
 def make_scores(n=4000, seed=0, weighted=False):
@@ -162,11 +163,30 @@ def test_report_files_and_comparison(tmp_path):
     assert read["comparison"]["baseline"] == "din" and read["run"] == "ours"
     assert read["comparison"]["logloss_difference"] < 0
     assert [p.name for p in (tmp_path / "ours").iterdir() if p.name.endswith("tmp")] == []
-    for key, value in (("data_hash", "xyz"), ("split", "valid"), ("count", 1)):
-        with pytest.raises(ValueError, match=f"cannot be compared: {key} is"):
-            reports.compare(read | {key: value}, reports.read_results(tmp_path / "din"))
     with pytest.raises(FileNotFoundError, match="no results of the run"):
         reports.read_results(tmp_path / "nowhere")
+
+
+OF_ONE_EVALUATION = {"data_hash": "abc", "split": "test", "count": 900, "positives": 90}
+
+
+@pytest.mark.parametrize("key", OF_ONE_EVALUATION)
+def test_results_of_other_rows_are_not_compared(key):
+    reports.compare(OF_ONE_EVALUATION, dict(OF_ONE_EVALUATION))
+    other = {"data_hash": "xyz", "split": "valid", "count": 901, "positives": 91}[key]
+    for results in (OF_ONE_EVALUATION | {key: other}, OF_ONE_EVALUATION | {key: None}):
+        with pytest.raises(ConfigError, match=f"cannot be compared: {key} is {results[key]!r}"):
+            reports.compare(results, OF_ONE_EVALUATION)
+
+
+def test_no_relative_improvement_over_a_guess():
+    better = OF_ONE_EVALUATION | {"auc": 0.6, "gauc_user": 0.62}
+    found = reports.compare(better, OF_ONE_EVALUATION | {"auc": 0.4, "gauc_user": 0.6})
+    assert found["auc_rela_impr"] is None and found["auc_difference"] == pytest.approx(0.2)
+    assert found["gauc_user_rela_impr"] == pytest.approx(20)
+    lines = reports.format_table(reports.summary_rows({"comparison": found})).splitlines()
+    printed = {line[:22].strip(): line.split()[-1] for line in lines}
+    assert printed["auc rela impr"] == "n/a" and printed["auc difference"] == "0.20000"
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path):
