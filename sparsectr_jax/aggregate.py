@@ -16,6 +16,7 @@ from sparsectr_jax.chunking import Chunks
 # Those in MEAN_TYPE need the behaviours' mean only, which commutes with the K and V projections.
 MEAN_TYPE = ("mean_mlp", "mean_residual", "mean")
 AGGREGATES = MEAN_TYPE + ("mlp_mean", "attn_pool")
+SCOPES = ("head", "model")
 
 
 def membership(chunks: Chunks) -> jax.Array:
@@ -77,8 +78,8 @@ class Aggregate(nn.Module):
         """
         if self.kind not in AGGREGATES:
             raise ValueError(f"aggregate must be one of {AGGREGATES}, got {self.kind!r}")
-        if self.mlp_over not in ("head", "model"):
-            raise ValueError(f"aggregate_scope must be 'head' or 'model', got {self.mlp_over!r}")
+        if self.mlp_over not in SCOPES:
+            raise ValueError(f"aggregate_scope must be one of {SCOPES}, got {self.mlp_over!r}")
         heads, width = k.shape[-2:]
 
         def mlp(x: jax.Array, name: str) -> jax.Array:
