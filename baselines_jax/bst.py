@@ -43,7 +43,7 @@ from ml_collections import ConfigDict
 from ctr_jax import history_model
 from ctr_jax.features import Column, DataSpec
 from ctr_jax.history_model import Tokens, check_length
-from ctr_jax.layers import token_product
+from ctr_jax.layers import check_dropout, dropped, token_product
 from ctr_jax.query_tiles import heads_last, over_tiles, tokens_last
 from ctr_jax.time_buckets import BUCKETS, bucket
 from kernels.softmax import accumulation_dtype, masked_softmax
@@ -80,8 +80,7 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
         )
     if config.position not in POSITIONS or config.pooling not in POOLINGS:
         raise ValueError(f"position must be one of {POSITIONS} and pooling one of {POOLINGS}")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
+    check_dropout(config.dropout)
     interest = BST(
         config.num_layers,
         config.num_heads,
@@ -161,7 +160,10 @@ class BST(nn.Module):
         def rest(own, shared, first):
             """T candidates of one request -> what is pooled of each, [p, T]."""
             del first
-            drop = functools.partial(_dropped, self.dropout, own.get("seed"))
+
+            def drop(layer: int, place: int, x: jax.Array) -> jax.Array:
+                return dropped(self.dropout, own.get("seed"), 2 * layer + place, x)
+
             valid = jnp.append(shared["mask"], True)
             x, attended = own["x"].T[:, None], _own_row(own)
             if whole[0]:
@@ -256,18 +258,6 @@ def _finish(weights, x: jax.Array, attended: jax.Array, drop) -> jax.Array:
     return norm(
         x + drop(1, token_product(hidden, weights["down"]) + weights["down_bias"]), "ffn_norm"
     )
-
-
-def _dropped(rate: float, seeds: jax.Array | None, layer: int, place: int, x: jax.Array):
-    """x [T, n, d], seeds [T] uint32 or None: each candidate draws for itself."""
-    if seeds is None:
-        return x
-
-    def kept(seed):
-        key = jax.random.fold_in(jax.random.key(seed), 2 * layer + place)
-        return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
-
-    return jnp.where(jax.vmap(kept)(seeds), x / (1 - rate), 0)
 
 
 def _over_history(q, keys, first):

@@ -90,7 +90,7 @@ def block_of(sparsity, heads, d):
 
 def whole_block(block, num_chunks, x, candidates, user, times, mask, variables):
     history = evo.History(time_chunks(times, mask, num_chunks), times, mask, times[:, -1])
-    return block.apply(variables, x, candidates, user, history, False)
+    return block.apply(variables, x, candidates, user, history)
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def measure(length, d, heads, backward, levels, repeats, quick):
         x = many[0].reshape(batch, length, d)
         history = evo.History(time_chunks(*many[6:8], 4), *many[6:8], many[6][:, -1])
         start = (x, x[:, :1], x[:, 0])
-        variables = jax.jit(block.init, static_argnums=5)(jax.random.key(0), *start, history, False)
+        variables = jax.jit(block.init)(jax.random.key(0), *start, history)
         function = functools.partial(whole_block, block, SPARSITY[level][0])
         args = (*start, *many[6:8], variables)
         cases.append(Case(f"block, Sparsity-{level}", function, args, (0, 1, 2, 5), backward))

@@ -43,4 +43,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.raw_dir = "raw/industrial_demo"
         config.data.generate.users = 200
         config.batch_size = config.eval_batch_size = 32
+    config.expected_rows.user_id = config.data.generate.users
     return config

@@ -25,8 +25,8 @@ PUBLISHED_ROWS = dict(
     brand=461_497, pid=5, btag=7, cms_segid=100, cms_group_id=16, final_gender_code=5,
     age_level=10, pvalue_level=6, shopping_level=6, occupation=5, new_user_class_level=8,
 )  # fmt: skip
-GENERATED_ROWS = PUBLISHED_ROWS | dict(
-    user_id=12_000, adgroup=203, cate=83, campaign=103, customer=53, brand=323
+GENERATED_ROWS = PUBLISHED_ROWS | dict(  # users: of the variant
+    adgroup=203, cate=83, campaign=103, customer=53, brand=323
 )
 EFFECTS = tuple(f"{effect}_{state}" for effect in STUDIES for state in ("on", "off"))
 
@@ -55,6 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
             effect, _, state = variant.partition("_")
             generated = SyntheticConfig(users=16000, test_users=0.4).study(effect, state == "on")
             config.data.generate = ConfigDict(dataclasses.asdict(generated))
+        config.expected_rows.user_id = config.data.generate.users
         # Test users are none of the training users: what is measured is the history alone.
         config.model.exclude = ("user/user_id",)
         config.model.base_rate = 0.2

@@ -23,6 +23,20 @@ def base_rate_logit(base_rate: float) -> float:
     return math.log(base_rate / (1 - base_rate))
 
 
+def check_head(hidden: Sequence[int], base_rate: float, activation: str = "relu") -> None:
+    """For `build`, before anything is made of config.model's head_hidden, base_rate and
+    head_activation.
+
+    Raises:
+      ValueError: a width is not positive, the rate no rate, or the activation does not exist.
+    """
+    if any(width < 1 for width in hidden):
+        raise ValueError(f"head_hidden must hold widths >= 1, got {tuple(hidden)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"head_activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
+    base_rate_logit(base_rate)
+
+
 class MLPHead(nn.Module):
     """Hidden layers, then one logit in float32 (SparseCTR 4.1.4: [32, 1] with ReLU).
 

@@ -34,7 +34,7 @@ from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.din_attention import DINAttention
 from ctr_jax.embedding import sum_of_rows
 from ctr_jax.features import Column, DataSpec, default_columns, require
-from ctr_jax.head import MLPHead
+from ctr_jax.head import MLPHead, check_head
 from ctr_jax.layers import token_dot_general
 from ctr_jax.request_tiles import in_tiles
 from ctr_jax.tokens import BehaviourToken
@@ -227,10 +227,12 @@ def build(
     `config.exclude`, and `own`, which are the interest's alone (`Tokens.own`).
 
     Raises:
-      ValueError: sizes are not positive, or the data set lacks behaviour or candidate columns.
+      ValueError: sizes are not positive, base_rate is no rate, or the data set lacks behaviour or
+        candidate columns.
     """
     if config.width < 1 or config.short_length < 0:
         raise ValueError("width must be >= 1 and short_length >= 0")
+    check_head(config.head_hidden, config.base_rate)
     columns = default_columns(spec, config.embedding_width, exclude=config.exclude)
     require(columns, spec, config.module)
     return HistoryModel(config, columns, interest, own), columns + own

@@ -128,3 +128,29 @@ class MLP(nn.Module):
                 x = ACTIVATIONS[self.activation](x)
             x = nn.Dense(width, dtype=self.dtype, name=f"dense_{i}")(x)
         return x
+
+
+def dropped(rate: float, seeds: jax.Array | None, place: int, x: jax.Array) -> jax.Array:
+    """Dropout in which every row draws for itself: what it drops depends on its seed alone, not on
+    what goes through together with it.
+
+    Args:
+      rate: share of entries that become 0; the others are divided by 1 - rate.
+      seeds: [N] uint32; None drops nothing.
+      place: a number for each of the places where a model drops, so that none draws as another.
+      x: [N, ...].
+    """
+    if seeds is None:
+        return x
+
+    def kept(seed: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), place)
+        return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
+
+    return jnp.where(jax.vmap(kept)(seeds), x / (1 - rate), 0)
+
+
+def check_dropout(rate: float) -> None:
+    """Raises ValueError unless `rate` is a share that leaves something."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {rate}")

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from ctr_jax.batch import EmbeddedBatch
 from ctr_jax.batch_norm import MaskedBatchNorm
 from ctr_jax.features import Column, DataSpec, default_columns, require
-from ctr_jax.head import base_rate_logit
+from ctr_jax.head import base_rate_logit, check_head
 from ctr_jax.target_attention import TargetAttention
 from ctr_jax.tokens import BehaviourToken
 from kernels.absorbed_target_attention import FORMS, Memory, leaky_relu
@@ -217,6 +217,7 @@ def build_columns(config: ConfigDict, spec: DataSpec) -> tuple[Column, ...]:
         raise ValueError(f"slope must lie in [0, 1], got {config.slope}")
     if min(config.width, config.hidden, config.short_length, config.long_length) < 1:
         raise ValueError("width, hidden, short_length and long_length must be >= 1")
+    check_head(config.head_hidden, config.base_rate)
     columns = default_columns(spec, config.embedding_width, exclude=config.exclude)
     require(columns, spec, config.module)
     return columns

@@ -44,7 +44,7 @@ def over_tiles(
     Args:
       attend: see above; its arguments have no B. It must mask what a query may not see: tiles may
         be filled up with zero queries, whose outputs are dropped.
-      queries: pytree of [B, ..., n]. keys: pytree of [B, ..., S], S >= 1.
+      queries: pytree of [B, ..., n]; n may be 0. keys: pytree of [B, ..., S], S >= 1.
       query_bytes: size of one query's weights, all heads and S keys.
       causal: query i sees no key after i (n = S), so that `attend` gets the keys up to its block's
         end only.
@@ -55,7 +55,8 @@ def over_tiles(
     size, n = (jax.tree.leaves(queries)[0].shape[i] for i in (0, -1))
     tile_bytes = tile_bytes or TILE_BYTES.get(dispatch.platform(), LARGE_TILE_BYTES)
     # Whole requests together where they are small, else a part of one.
-    most = max(1, min(size, tile_bytes // (n * query_bytes)))
+    query_bytes = max(1, query_bytes)  # no heads, or no width
+    most = max(1, min(size, tile_bytes // max(1, n * query_bytes)))
     requests = next((r for r in range(most, most // 2, -1) if size % r == 0), most)
     largest = max(1, tile_bytes // (requests * query_bytes))
     blocks = min(CAUSAL_BLOCKS, max(1, n // CAUSAL_BLOCK)) if causal else 1
@@ -69,8 +70,10 @@ def over_tiles(
             out.append(_block(attend, block, keys, start, end if causal else None, largest))
         return jnp.concatenate(out, -1)
 
-    # Together they are one batched computation; a batch of one would still cost its extra axis.
-    return jax.lax.map(one, (queries, keys), batch_size=requests if requests > 1 else None)
+    # Together they are one batched computation; a batch of one would still cost its extra axis, and
+    # JAX cannot cut an array of nothing into batches.
+    together = requests > 1 and all(x.size for x in jax.tree.leaves((queries, keys)))
+    return jax.lax.map(one, (queries, keys), batch_size=requests if together else None)
 
 
 def _block(attend, queries, keys, start, end, largest):
@@ -81,8 +84,8 @@ def _block(attend, queries, keys, start, end, largest):
         return attend(queries, jax.tree.map(lambda x: x[..., :end], keys), first)
 
     n = jax.tree.leaves(queries)[0].shape[-1]
-    count = -(-n // min(largest, n))
-    if count == 1:
+    count = -(-n // largest)
+    if count <= 1:
         return tile(queries, keys, start)
     size = -(-n // count)
 

@@ -135,8 +135,12 @@ def _summed_forward(how, requests, fixed, shared):
             loss, (drequests, dshared) = with_gradients(*tile, shared)
             return jax.tree.map(jnp.add, sums, (loss, dshared)), drequests
 
-        start = jnp.zeros((), jnp.float32), _no_sums(shared)
-        sums, drequests = jax.lax.scan(step, start, cut(inputs, size_of_groups(b, how.most)))
+        groups = cut(inputs, size_of_groups(b, how.most))
+        loss = jax.eval_shape(
+            lambda x: how.function(*jax.tree.map(lambda y: y[0], x), shared), groups
+        )
+        start = _no_sums((loss, shared))
+        sums, drequests = jax.lax.scan(step, start, groups)
         return whole(drequests, b), sums
 
     drequests, (loss, dshared) = meshes.over_requests(how.axes, forward, (requests, fixed), shared)

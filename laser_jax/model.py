@@ -74,8 +74,10 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
     ):
         if config[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {config[name]!r}")
-    if min(config.segment, config.num_heads, config.key_width) < 1 or config.num_layers < 0:
-        raise ValueError("segment, num_heads and key_width must be >= 1, num_layers >= 0")
+    if min(config.segment, config.num_heads, config.key_width) < 1:
+        raise ValueError("segment, num_heads and key_width must be >= 1")
+    if min(config.num_layers, config.ffn_multiplier, config.fusion_blocks) < 0:
+        raise ValueError("num_layers, ffn_multiplier and fusion_blocks must be >= 0")
     if config.width % config.num_heads:
         raise ValueError(f"width {config.width} is not a multiple of num_heads {config.num_heads}")
     if config.recent < 0 or config.fusion_tokens < config.recent + 4:

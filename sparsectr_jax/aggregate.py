@@ -16,6 +16,7 @@ from sparsectr_jax.chunking import Chunks
 # Those in MEAN_TYPE need the behaviours' mean only, which commutes with the K and V projections.
 MEAN_TYPE = ("mean_mlp", "mean_residual", "mean")
 AGGREGATES = MEAN_TYPE + ("mlp_mean", "attn_pool")
+SCOPES = ("head", "model")
 
 
 def membership(chunks: Chunks) -> jax.Array:
@@ -39,6 +40,16 @@ def chunk_mean(x: jax.Array, chunks: Chunks) -> jax.Array:
     )
     count = jnp.maximum(chunks.count, 1).reshape(chunks.count.shape + (1,) * (x.ndim - 2))
     return (total / count).astype(x.dtype)
+
+
+def _slot_peaks(score: jax.Array, member: jax.Array) -> jax.Array:
+    """Largest score [B, L, H] of each chunk [B, P, L] -> [B, P, H]; 0 in unused slots."""
+
+    def of_slot(member: jax.Array) -> jax.Array:
+        return jnp.max(jnp.where(member[..., None], score, -jnp.inf), 1)
+
+    peak = jnp.moveaxis(jax.lax.map(of_slot, jnp.moveaxis(member, 1, 0)), 0, 1)
+    return jnp.where(jnp.isfinite(peak), peak, 0)
 
 
 class Aggregate(nn.Module):
@@ -67,8 +78,8 @@ class Aggregate(nn.Module):
         """
         if self.kind not in AGGREGATES:
             raise ValueError(f"aggregate must be one of {AGGREGATES}, got {self.kind!r}")
-        if self.mlp_over not in ("head", "model"):
-            raise ValueError(f"aggregate_scope must be 'head' or 'model', got {self.mlp_over!r}")
+        if self.mlp_over not in SCOPES:
+            raise ValueError(f"aggregate_scope must be one of {SCOPES}, got {self.mlp_over!r}")
         heads, width = k.shape[-2:]
 
         def mlp(x: jax.Array, name: str) -> jax.Array:
@@ -90,12 +101,12 @@ class Aggregate(nn.Module):
         if self.kind == "mlp_mean":
             return chunk_mean(mlp(k, "mlp_k"), chunks), chunk_mean(mlp(v, "mlp_v"), chunks)
         pool = self.param("pool", nn.initializers.normal(width**-0.5), (heads, width))
-        # The softmax over each chunk stays [B, L, H]: the peak of its chunk is read back per
-        # behaviour through the same one-hot product that sums numerator and denominator.
+        # The softmax over each chunk stays [B, L, H]: peaks are found one slot at a time, where XLA
+        # on a CPU would make [B, P, L, H] of all at once, and the peak of its chunk is read back
+        # per behaviour through the same one-hot product that sums numerator and denominator.
         member = membership(chunks)
         score = jnp.einsum("blhk,hk->blh", k, pool.astype(k.dtype)).astype(jnp.float32)
-        peak = jnp.max(jnp.where(member[..., None], score[:, None], -jnp.inf), 2)
-        peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0))
+        peak = _slot_peaks(jax.lax.stop_gradient(score), member)
         own_peak = jnp.einsum("bpl,bph->blh", member.astype(jnp.float32), peak)
         inside = chunks.chunk_id > 0
         weights = jnp.exp(jnp.where(inside[..., None], score - own_peak, -jnp.inf))

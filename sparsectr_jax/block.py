@@ -11,6 +11,8 @@ Axis letters: B requests, C candidates, L history, P chunks, d model width, H he
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,10 @@ from sparsectr_jax.encodings import ADDED, layer_encoding
 from sparsectr_jax.evo_attention import EvoSpec, History, Keys, gather_rows
 from sparsectr_jax.rivals import Rival, projections
 
+GATES, BLOCKS, LOGIT_SCALES = ("literal", "per_head"), ("pre_norm", "suan"), ("head", "model")
+DROPOUTS = 4  # places of a block where it drops
+Drop = Callable[[int, jax.Array], jax.Array]
+
 
 def evo_spec(config: ConfigDict) -> EvoSpec:
     """The op's static options from config.model.
@@ -37,8 +43,6 @@ def evo_spec(config: ConfigDict) -> EvoSpec:
     branches = tuple(b for b, used in zip(evo_attention.BRANCHES, on, strict=True) if used)
     if not branches:
         raise ValueError("at least one of use_global, use_transition, use_local must be True")
-    if config.logit_scale not in ("head", "model"):
-        raise ValueError(f"logit_scale must be 'head' or 'model', got {config.logit_scale!r}")
     temporal = config.encoding == "rel_temporal"
     rel = RelTemporal(
         time=temporal and config.rel_time,
@@ -77,18 +81,18 @@ class FusionGate(nn.Module):
         """branches: R of [B, n, H, K]; nonempty: [B, n or 1, R] bool -> [B, n, H, K]."""
         heads, width = branches[0].shape[-2:]
         number = len(branches)
+        if self.kind not in GATES:
+            raise ValueError(f"gate must be one of {GATES}, got {self.kind!r}")
         if self.kind == "literal":
             shape, axes = (number, heads, width, number), "rhks->s"
             init = nn.initializers.variance_scaling(
                 1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2), out_axis=3
             )
-        elif self.kind == "per_head":
+        else:
             shape, axes = (number, heads, width, number), "rhks->hs"
             init = nn.initializers.variance_scaling(
                 1.0, "fan_in", "truncated_normal", in_axis=(0, 2), out_axis=3, batch_axis=1
             )
-        else:
-            raise ValueError(f"gate must be 'literal' or 'per_head', got {self.kind!r}")
         gate = self.param("kernel", init, shape).astype(self.dtype)
         spec = f"bnhk,{axes[1:4]}->bn{axes[6:]}"
         logits = sum(
@@ -224,32 +228,36 @@ class SparseBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, behaviours, candidates, user, history: History, train: bool):
-        """[B, L, d], [B, C, d], user token [B, d] -> ([B, L, d] or None if last, [B, C, d])."""
+    def __call__(self, behaviours, candidates, user, history: History, drop: Drop | None = None):
+        """[B, L, d], [B, C, d], user token [B, d] -> ([B, L, d] or None if last, [B, C, d]).
+
+        Args:
+          drop: (place 0..3, [B, n, d]) -> [B, n, d], the block's dropout: of the updates of
+            behaviours by attention and by the FFN, then of the candidates'. None drops nothing.
+        """
+        drop = drop or (lambda place, x: x)
         config = self.config
-        if config.block not in ("pre_norm", "suan"):
-            raise ValueError(f"block must be 'pre_norm' or 'suan', got {config.block!r}")
         suan = config.block == "suan"
         norm_1, norm_2 = (
             RMSNorm(config.norm_eps, suan, self.dtype, name=name) for name in ("norm_1", "norm_2")
         )
         attention = EvoAttention(config, self.dtype, name="attention")
         ffn = SwiGLU(config.ffn_multiplier * config.width, suan, self.dtype, name="ffn")
-        drop = nn.Dropout(config.dropout, deterministic=not train)
 
         normed = [norm_1(x) for x in (behaviours, candidates, user)]
         updates = attention(*normed, history, self.last)
 
-        def rest(x, z, update):
+        def rest(place, x, z, update):
             if update is None:
                 return None
+            update = drop(place, update)
             if suan:
-                z = norm_2(z + drop(update))
-                return z + drop(ffn(z))
-            x = x + drop(update)
-            return x + drop(ffn(norm_2(x)))
+                z = norm_2(z + update)
+                return z + drop(place + 1, ffn(z))
+            x = x + update
+            return x + drop(place + 1, ffn(norm_2(x)))
 
-        return tuple(
-            rest(x, z, update)
-            for x, z, update in zip((behaviours, candidates), normed[:2], updates, strict=True)
+        return (
+            rest(0, behaviours, normed[0], updates[0]),
+            rest(2, candidates, normed[1], updates[1]),
         )

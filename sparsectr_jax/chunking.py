@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 METHODS = ("time", "fixed", "sim")
-MAX_HISTORY = 32_767  # the chunks' exact mean time sums 16-bit and 15-bit halves in int32
+MAX_HISTORY = 32_767  # the chunks' exact mean time sums 17-bit and 15-bit halves in uint32
 
 
 @flax.struct.dataclass
@@ -62,19 +62,20 @@ def from_starts(starts: jax.Array, times: jax.Array, mask: jax.Array) -> Chunks:
     chunk_id = jnp.where(mask, chunk_id, 0)
 
     # floor(mean(t - t_start)) from the halves t - t_start = 2^15 high + low: no sum can overflow.
+    # As uint32, in which the difference of any two int32 in order is exact.
     t_start = jnp.take_along_axis(times, jnp.minimum(starts, length - 1), 1)
-    offset = times[:, None] - t_start[:, :, None]  # [B, P, L], fused into the two sums
+    offset = (times[:, None] - t_start[:, :, None]).astype(jnp.uint32)  # [B, P, L], fused
     member = chunk_id[:, None] == jnp.arange(1, starts.shape[1] + 1, dtype=jnp.int32)[:, None]
-    high = jnp.sum(jnp.where(member, offset >> 15, 0), -1, dtype=jnp.int32)
-    low = jnp.sum(jnp.where(member, offset & 0x7FFF, 0), -1, dtype=jnp.int32)
-    size = jnp.maximum(count, 1)
+    high = jnp.sum(jnp.where(member, offset >> 15, 0), -1, dtype=jnp.uint32)
+    low = jnp.sum(jnp.where(member, offset & 0x7FFF, 0), -1, dtype=jnp.uint32)
+    size = jnp.maximum(count, 1).astype(jnp.uint32)
     mean_offset = (high // size) * 32_768 + ((high % size) * 32_768 + low) // size
     return Chunks(
         chunk_id=chunk_id,
         start=jnp.where(valid, starts, -1),
         end=jnp.where(valid, following - 1, -1),
         count=count,
-        mean_time=jnp.where(valid, t_start + mean_offset, 0),
+        mean_time=jnp.where(valid, t_start + mean_offset.astype(jnp.int32), 0),
         valid=valid,
     )
 
@@ -97,7 +98,10 @@ def time_chunks(times: jax.Array, mask: jax.Array, num_chunks: int) -> Chunks:
     Args:
       times: [B, L] int32 seconds, non-decreasing where valid. mask: [B, L] bool, right-aligned.
     """
-    gap = jnp.pad(times[:, 1:] - times[:, :-1], ((0, 0), (1, 0)))  # int32: exact, then ordered
+    after, before = times[:, 1:], times[:, :-1]
+    gap = after - before  # int32: exact, then ordered
+    gap = jnp.where((after > before) & (gap < 0), jnp.iinfo(jnp.int32).max, gap)  # 2^31 s or more
+    gap = jnp.pad(gap, ((0, 0), (1, 0)))
     both = mask & ~first_valid(mask) & (gap > 0)
     # A positive int32 read as float32 keeps its order, and top_k has a fast path for float32 only.
     # The offset keeps small gaps out of the denormals, which CPUs flush to zero; gaps of more

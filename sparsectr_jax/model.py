@@ -15,6 +15,7 @@ Axis letters: B requests, C candidates, L history, P chunks, d model width, H he
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -25,14 +26,14 @@ from ml_collections import ConfigDict
 from ctr_jax.batch import EmbeddedBatch
 from ctr_jax.embedding import DATA_AXIS, context_mesh
 from ctr_jax.features import Column, DataSpec, default_columns, require
-from ctr_jax.head import MLPHead
-from ctr_jax.layers import MLP, token_dot_general
+from ctr_jax.head import MLPHead, check_head
+from ctr_jax.layers import MLP, check_dropout, dropped, token_dot_general
 from ctr_jax.request_tiles import in_tiles, loss_in_tiles
 from ctr_jax.tokens import BehaviourToken
 from kernels import dispatch
 from sparsectr_jax import chunking, encodings, rivals
-from sparsectr_jax.aggregate import AGGREGATES
-from sparsectr_jax.block import SparseBlock, evo_spec
+from sparsectr_jax.aggregate import AGGREGATES, SCOPES
+from sparsectr_jax.block import BLOCKS, DROPOUTS, GATES, LOGIT_SCALES, SparseBlock, evo_spec
 from sparsectr_jax.evo_attention import History
 
 
@@ -149,24 +150,23 @@ class SparseCTR(nn.Module):
         mesh = context_mesh()
         local = batch.shape[0] // (1 if mesh is None else mesh.shape[DATA_AXIS])
         rows = rows_per_tile(self.config, local)
+        seeds = None  # a request draws for itself, whatever goes through with it
+        if train and self.config.dropout > 0:
+            seeds = jax.random.bits(self.make_rng("dropout"), batch.shape[:1], jnp.uint32)
         if rows == local or self.is_initializing():
             requests = Requests(self.config, self.columns, name="requests")
-            logits, candidates = requests(EmbeddedBatch(batch, vectors), behaviours, train)
+            logits, candidates = requests(EmbeddedBatch(batch, vectors), behaviours, seeds)
             if loss is not None:
                 return loss(logits, batch, denominator), {"losses": {}}
             return logits, {"losses": {}, "candidates": candidates}
 
         params = self.variables["params"]["requests"]
-        dropped, seeds = train and self.config.dropout > 0, jnp.zeros(batch.shape[0], jnp.uint32)
-        if dropped:
-            seeds = jax.random.bits(self.make_rng("dropout"), seeds.shape)
 
         def run(requests, fixed, params):
             (vectors, behaviours), (batch, seeds) = requests, fixed
-            rngs = {"dropout": jax.random.key(seeds[0])} if dropped else {}
             module = Requests(self.config, self.columns, parent=None)
             embedded = EmbeddedBatch(batch, vectors)
-            return module.apply({"params": params}, embedded, behaviours, train, rngs=rngs)
+            return module.apply({"params": params}, embedded, behaviours, seeds)
 
         def run_to_loss(requests, fixed, shared):
             params, denominator = shared
@@ -188,9 +188,14 @@ class Requests(nn.Module):
 
     @nn.compact
     def __call__(
-        self, embedded: EmbeddedBatch, behaviours: jax.Array, train: bool
+        self, embedded: EmbeddedBatch, behaviours: jax.Array, seeds: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """behaviours [B, L, d]: their tokens; `embedded` need not hold their vectors."""
+        """What `embedded` holds, but for the behaviours' vectors, which it need not.
+
+        Args:
+          behaviours: [B, L, d], their tokens.
+          seeds: [B] uint32, each request's for its dropout; None drops nothing.
+        """
         config, batch = self.config, embedded.batch
         dtype = jnp.result_type(*embedded.vectors.values())
         size, length, num_candidates = batch.shape
@@ -227,13 +232,17 @@ class Requests(nn.Module):
             by = {"time": chunking.time_chunks, "fixed": chunking.fixed_chunks}[config.chunking]
             return by(times, mask, config.num_chunks)
 
+        def drop(layer: int, place: int, x: jax.Array) -> jax.Array:
+            return dropped(config.dropout, seeds, DROPOUTS * layer + place, x)
+
         chunks = None
         for i in range(config.num_layers):
             if config.attention == "evo" and (chunks is None or config.chunking == "sim"):
                 chunks = cut(behaviours)
             history = History(chunks, times, mask, batch.request_time)
             block = SparseBlock(config, i == config.num_layers - 1, dtype, name=f"block_{i}")
-            behaviours, candidates = block(behaviours, candidates, u_c, history, train)
+            streams = behaviours, candidates, u_c
+            behaviours, candidates = block(*streams, history, functools.partial(drop, i))
 
         # ---- prediction (3.6, eq. 17) ----
         x = nn.relu(dense("head_candidate")(candidates))
@@ -253,12 +262,21 @@ def build(config: ConfigDict, spec: DataSpec) -> tuple[nn.Module, tuple[Column, 
     """
     if config.num_heads < 1 or config.width % config.num_heads:
         raise ValueError(f"width {config.width} is not a multiple of num_heads {config.num_heads}")
-    if config.aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate must be one of {AGGREGATES}, got {config.aggregate!r}")
-    if config.chunking not in chunking.METHODS:
-        raise ValueError(f"chunking must be one of {chunking.METHODS}, got {config.chunking!r}")
-    if min(config.num_layers, config.num_chunks, config.num_transition, config.local_window) < 1:
-        raise ValueError("num_layers, num_chunks, num_transition and local_window must be >= 1")
+    for name, allowed in (
+        ("chunking", chunking.METHODS),
+        ("aggregate", AGGREGATES),
+        ("aggregate_scope", SCOPES),
+        ("gate", GATES),
+        ("logit_scale", LOGIT_SCALES),
+        ("block", BLOCKS),
+    ):
+        if config[name] not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {config[name]!r}")
+    for name in ("num_layers", "ffn_multiplier", "num_chunks", "num_transition", "local_window"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be >= 1, got {config[name]}")
+    check_dropout(config.dropout)
+    check_head(config.head_hidden, config.base_rate, config.head_activation)
     evo_spec(config)
     rivals.check(config)
     encodings.check(config)

@@ -28,9 +28,17 @@ Pair = tuple[jax.Array | None, jax.Array]
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ValueError where config.attention does not exist, or its sizes do not fit."""
+    """Raises ValueError where config.attention does not exist, its sizes do not fit, or a switch of
+    EvoAttention would do nothing."""
     if config.attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {ATTENTIONS}, got {config.attention!r}")
+    if config.attention != "evo":
+        for branch in ("use_global", "use_transition", "use_local"):
+            if not config[branch]:
+                raise ValueError(
+                    f"{branch}=False takes a branch from EvoAttention; attention="
+                    f"{config.attention!r} has none"
+                )
     if config.attention == "dilated" and config.dilated_stride < 1:
         raise ValueError(f"dilated_stride must be >= 1, got {config.dilated_stride}")
     if config.attention == "kernel" and config.kernel_rows < 1:

@@ -1,4 +1,8 @@
-"""Initial slopes of RelTemporal (SparseCTR 3.5); its bias: kernels/evo_attention."""
+"""Initial slopes of RelTemporal (SparseCTR 3.5); its bias: kernels/evo_attention.
+
+The bias takes differences of times in int32: it is right where a request and the behaviours it sees
+lie less than 2^31 s (68 years) apart, as any two times from 1970 to 2038 do.
+"""
 
 from __future__ import annotations
 

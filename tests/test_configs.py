@@ -13,6 +13,7 @@ from configs import (
     baselines_amazon,
     baselines_movielens,
     baselines_taobao,
+    lrea_industrial,
     sparsectr_alibaba,
 )
 from ctr_jax import sharding, steps
@@ -80,6 +81,16 @@ def test_an_effect_variant_plants_that_effect_or_not(variant):
     differing = {k for k, v in dataclasses.asdict(generated).items() if fields[k] != v}
     assert differing == {effect}
     assert other.data.raw_dir != config.data.raw_dir
+
+
+@pytest.mark.parametrize(
+    "page, variant",
+    [(sparsectr_alibaba, v) for v in ("demo", "hour_on", "interest_off")]
+    + [(lrea_industrial, v) for v in ("", "demo")],
+)
+def test_a_variant_of_generated_files_plans_for_the_users_it_generates(page, variant):
+    config = page.get_config(variant)
+    assert config.expected_rows.user_id == config.data.generate.users
 
 
 @pytest.mark.parametrize("study", quality.studies())

@@ -3,6 +3,8 @@
 bias(i, j, h) = -(floor(log2 D) s1_h + sin(pi hours(D) / 24) s2_h + 1[W_i != W_j] s3_h) with
 D = |t_i - t_j| seconds (eqs. 12-15). The factors of the slopes ("terms") depend on times only:
 they are computed once per (query, key) pair and shared by all heads.
+
+Differences are int32: right below 2^31 s (68 years), as between any two times from 1970 to 2038.
 """
 
 from __future__ import annotations

@@ -137,19 +137,6 @@ def test_what_cannot_be_built_is_refused(change):
 # ---- dropout ----
 
 
-def test_a_dropped_entry_is_zero_and_a_kept_one_is_enlarged():
-    x = np.full((3, 40, 50), 2.0, np.float32)
-    seeds = np.array([1, 2, 1], np.uint32)
-    out = np.asarray(bst._dropped(0.25, seeds, 0, 0, x))
-    np.testing.assert_allclose(np.unique(out), [0, 2 / 0.75])
-    assert abs((out == 0).mean() - 0.25) < 0.02
-    np.testing.assert_array_equal(out[0], out[2])  # of one seed
-    assert (out[0] != out[1]).mean() > 0.2
-    for layer_and_place in ((0, 1), (1, 0)):
-        assert (bst._dropped(0.25, seeds, *layer_and_place, x) != out).mean() > 0.2
-    assert bst._dropped(0.25, None, 0, 0, x) is x
-
-
 def test_dropout_acts_in_training_only_and_on_each_candidate_by_itself():
     plain = checks(2, "time", "target")
     dropping = module(2, "time", "target", dropout=0.3)

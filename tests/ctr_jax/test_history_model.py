@@ -103,6 +103,14 @@ def test_an_unknown_activation_is_refused():
         din.build(config, SPEC)
 
 
+def test_a_head_that_cannot_be_is_refused_before_anything_is_made():
+    for change in ({"head_hidden": (8, 0)}, {"base_rate": 1.0}):
+        config = din.default_config()
+        config.update(change)
+        with pytest.raises(ValueError, match=next(iter(change))):
+            din.build(config, SPEC)
+
+
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
     for name in ("laser", "transformer", "bst", "hstu", "longer", "suan")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctr_jax.head import MLPHead, base_rate_logit
-from ctr_jax.layers import MLP, RMSNorm, SwiGLU, token_dot_general
+from ctr_jax.layers import MLP, RMSNorm, SwiGLU, check_dropout, dropped, token_dot_general
 from kernels.softmax import masked_softmax
 
 X = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
@@ -87,3 +87,19 @@ def test_token_dot_general_equals_the_plain_product():
         np.testing.assert_allclose(dx, g @ w.T, rtol=1e-5, atol=1e-6)
         expected = x.reshape(-1, 5).T.astype(np.float64) @ g.reshape(-1, 2)
         np.testing.assert_allclose(dw, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dropped_entry_is_zero_and_a_kept_one_is_enlarged():
+    x = np.full((3, 40, 50), 2.0, np.float32)
+    seeds = np.array([1, 2, 1], np.uint32)
+    out = np.asarray(dropped(0.25, seeds, 0, x))
+    np.testing.assert_allclose(np.unique(out), [0, 2 / 0.75])
+    assert abs((out == 0).mean() - 0.25) < 0.02
+    np.testing.assert_array_equal(out[0], out[2])  # of one seed
+    assert (out[0] != out[1]).mean() > 0.2
+    assert (dropped(0.25, seeds, 1, x) != out).mean() > 0.2
+    assert dropped(0.25, None, 0, x) is x
+    np.testing.assert_array_equal(dropped(0.25, seeds[1:], 0, x[1:]), out[1:])
+    for rate in (-0.1, 1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="dropout"):
+            check_dropout(rate)

@@ -118,3 +118,20 @@ def test_as_many_requests_together_as_fit(size, n, tile_bytes, together, monkeyp
         k,
     )
     assert seen[0] == together
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size, n, heads", [(2, 0, 4), (2, 3, 0), (0, 3, 4)])
+def test_no_queries_no_heads_or_no_requests_give_an_empty_result(size, n, heads, causal):
+    queries, keys = jnp.zeros((size, heads, 2, n)), jnp.zeros((size, heads, 2, max(n, 1)))
+
+    def attend(q, k, first):
+        return jnp.einsum("hks,hst->hkt", k, query_tiles.logits(k, q))
+
+    def total(q, k):
+        found = over_tiles(attend, q, k, query_bytes=heads * k.shape[-1] * FLOAT, causal=causal)
+        assert found.shape == q.shape
+        return found.sum()
+
+    gradients = jax.grad(total, (0, 1))(queries, keys)
+    assert not any(g.any() for g in gradients)

@@ -120,6 +120,19 @@ def test_gradients_of_rounded_weights_are_summed_in_float32():
         assert error < 0.01, error
 
 
+@pytest.mark.parametrize("most", [3, 8])
+def test_a_loss_in_float64_is_summed_in_float64(most):
+    with jax.enable_x64(True):
+        arguments = jax.tree.map(lambda x: x if x.dtype == bool else np.float64(x), draw())
+        value, *gradients = jax.jit(functools.partial(both_with_loss, most))(*arguments)
+        assert value.dtype == jnp.float64
+        out, *expected = in_float64(*arguments)
+        weights = np.cos(np.arange(out["all"].size)).reshape(out["all"].shape)
+        expected = (out["all"] * weights).sum() + out["sum"].sum(), *expected
+        for x, y in zip(*map(jax.tree.leaves, ((value, *gradients), expected)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("data, table", [(4, 2), (8, 1), (1, 8)])
 @pytest.mark.parametrize("run, checked, sums", [(both, check, 2), (both_with_loss, check_loss, 4)])
 def test_on_a_mesh_only_sums_over_requests_are_sent_once(run, checked, sums, data, table):

@@ -315,6 +315,9 @@ def test_no_array_of_all_candidates_behaviours_and_widths_is_made():
         ({"width": 12}, "fusion_tokens"),
         ({"recent": 6}, "fusion_tokens"),
         ({"segment": 0}, "segment"),
+        ({"ffn_multiplier": -1}, "ffn_multiplier"),
+        ({"fusion_blocks": -1}, "fusion_blocks"),
+        ({"head_hidden": (4, 0)}, "head_hidden"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

@@ -243,6 +243,8 @@ def test_impossible_settings_are_refused():
         ({"rank": 10}, "rank"),
         ({"slope": 1.5}, "slope"),
         ({"hidden": 0}, ">= 1"),
+        ({"head_hidden": (0,)}, "head_hidden"),
+        ({"base_rate": 0.0}, "base_rate"),
         ({"exclude": ("behaviour/item", "behaviour/type")}, "behaviour column"),
     ]:
         with pytest.raises(ValueError, match=match):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ctr_jax import hlo
 from sparsectr_jax.aggregate import AGGREGATES, MEAN_TYPE, Aggregate
 from sparsectr_jax.chunking import time_chunks
 from tests.sparsectr_jax.dense_reference import random_history
@@ -69,3 +70,34 @@ def test_kinds_that_need_every_behaviour_refuse_means(kind):
     chunks = time_chunks(jnp.asarray(times), jnp.asarray(mask), P)
     with pytest.raises(ValueError, match="every behaviour"):
         jax.eval_shape(lambda: Aggregate(kind).init(jax.random.key(0), means, means, chunks, True))
+
+
+def test_attn_pool_makes_no_array_of_every_behaviour_in_every_chunk():
+    length, slots, heads = 96, 7, 5  # slots > K: smaller than what is looked for are keys
+    rng = np.random.default_rng(0)
+    drawn = [random_history(rng, length, n) for n in (0, 1, 50, length)]
+    times, mask = (np.stack(x) for x in zip(*drawn, strict=True))
+    chunks = time_chunks(jnp.asarray(times), jnp.asarray(mask), slots)
+    k, v = (rng.normal(size=(B, length, heads, K)).astype(np.float32) for _ in range(2))
+    pool = {"params": {"pool": rng.normal(size=(heads, K)).astype(np.float32)}}
+
+    def total(pool, k, v, chunks):
+        keys, values = Aggregate("attn_pool").apply(pool, k, v, chunks)
+        return (jnp.sin(keys) * values).sum()
+
+    compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(pool, k, v, chunks).compile()
+    assert hlo.largest(compiled.as_text(), 1)[0][0] < B * slots * length * heads * 4
+    assert np.asarray(compiled(pool, k, v, chunks)[0]["params"]["pool"]).any()
+
+
+def test_attn_pool_of_far_apart_scores_is_that_of_each_chunk_alone():
+    """Chunks whose scores differ by more than float32's exponents: a peak of the whole history
+    would leave nothing of the lower chunk."""
+    times, mask = np.array([[1, 2, 9000, 9001]], np.int32), np.ones((1, 4), bool)
+    chunks = time_chunks(jnp.asarray(times), jnp.asarray(mask), 2)
+    k = np.array([-500, -501, 500, 502], np.float32).reshape(1, 4, 1, 1)
+    pool = {"params": {"pool": np.ones((1, 1), np.float32)}}
+    keys, _ = Aggregate("attn_pool").apply(pool, k, k, chunks)
+    low, high = 1 / (1 + np.exp(-1.0)), 1 / (1 + np.exp(-2.0))
+    expected = [-500 * low - 501 * (1 - low), 502 * high + 500 * (1 - high)]
+    np.testing.assert_allclose(keys[0, :, 0, 0], expected, rtol=1e-6)

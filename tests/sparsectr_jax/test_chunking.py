@@ -116,6 +116,20 @@ def test_gaps_are_ordered_exactly_where_float32_would_tie():
     assert as_lists(chunks) == [[0, 1], [2, 3]]
 
 
+def test_gaps_and_spans_that_pass_int32_are_cut_first_and_have_an_exact_mean():
+    ends = [-(2**31), -(2**31) + 60, -5, 2**31 - 61, 2**31 - 1]
+    times, mask = np.array([ends], np.int32), np.ones((1, 5), bool)
+    assert as_lists(time_chunks(times, mask, num_chunks=3)) == [[0, 1], [2], [3, 4]]
+    # One gap of more than 2^31 s, before an hour's.
+    widest = np.array([[-(2**31), 2**31 - 4000, 2**31 - 400]], np.int32)
+    assert as_lists(time_chunks(widest, np.ones((1, 3), bool), num_chunks=2)) == [[0], [1, 2]]
+    # The most that the sums of a mean can hold: all but one behaviour 2^32 - 1 s after the first.
+    times = np.full((1, chunking.MAX_HISTORY), 2**31 - 1, np.int32)
+    times[0, 0] = -(2**31)
+    chunks = time_chunks(times, np.ones(times.shape, bool), num_chunks=1)
+    assert chunks.mean_time[0].tolist() == exact_means(times[0], as_lists(chunks))
+
+
 @pytest.mark.parametrize("method", [time_chunks, fixed_chunks])
 def test_left_padding_changes_nothing_but_positions(method):
     times, mask = random_history(np.random.default_rng(3), 12, 12)

@@ -172,6 +172,22 @@ def test_last_block_and_tiles_of_requests_equal_the_plain_form(default):
         np.testing.assert_allclose(got, default[3], rtol=1e-5, atol=1e-5)
 
 
+def test_what_a_request_drops_depends_on_neither_tiles_nor_other_requests():
+    _, variables, embedded = built(small())
+    logits = {}
+    for rows in (6, 4):
+        module, _ = model.build(small(dropout=0.3, rows_per_tile=rows), data_spec())
+
+        @jax.jit
+        def run(seed, module=module):
+            rngs = {"dropout": jax.random.key(seed)}
+            return module.apply(variables, embedded, True, rngs=rngs)[0]
+
+        logits[rows] = np.asarray(run(0))
+        np.testing.assert_allclose(logits[rows], logits[6], rtol=1e-5, atol=1e-5)
+        assert (np.abs(run(1) - logits[rows]) > 1e-3).any(-1).all()  # every request draws
+
+
 @pytest.mark.parametrize("rows", [2, 4])  # of six requests: four leave two zeros to fill up
 def test_a_loss_in_tiles_equals_that_of_the_logits(default, rows):
     module, variables, embedded, _ = default
@@ -316,7 +332,18 @@ def test_impossible_settings_are_refused():
     for changes, match in [
         ({"width": 9}, "multiple"),
         ({"chunking": "day"}, "chunking"),
-        ({"num_chunks": 0}, ">= 1"),
+        ({"num_chunks": 0}, "num_chunks must be >= 1"),
+        ({"ffn_multiplier": 0}, "ffn_multiplier must be >= 1"),
+        ({"gate": "x"}, "gate must be one of .*literal.*per_head"),
+        ({"block": "x"}, "block must be one of .*pre_norm.*suan"),
+        ({"aggregate_scope": "x"}, "aggregate_scope must be one of .*head.*model"),
+        ({"head_activation": "x"}, "head_activation must be one of .*relu.*swish"),
+        ({"head_hidden": (8, 0)}, "head_hidden"),
+        ({"base_rate": 1.0}, "base_rate"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"attention": "full", "use_global": False}, "use_global=False .* attention='full'"),
+        ({"attention": "dilated", "use_transition": False}, "use_transition=False"),
+        ({"attention": "nsa", "use_local": False}, "use_local=False"),
         ({"use_global": False, "use_transition": False, "use_local": False}, "at least one"),
         ({"hour_form": "minute"}, "hour_form"),
         ({"logit_scale": "none"}, "logit_scale"),
@@ -327,9 +354,3 @@ def test_impossible_settings_are_refused():
     ]:
         with pytest.raises(ValueError, match=match):
             model.build(small(**changes), data_spec())
-    for changes in ({"gate": "x"}, {"block": "x"}):
-        module, columns = model.build(small(**changes), data_spec())
-        with pytest.raises(ValueError, match="must be"):
-            jax.eval_shape(
-                lambda m=module, c=columns: m.init(jax.random.key(0), embedded_batch(c), False)
-            )
