@@ -47,10 +47,10 @@ def get_config() -> ConfigDict:
             context=dict(slot="e.slot"),
             user_columns=dict(age="age", city="city"),
             kinds={"candidate/price": "quantile"},
-            items="items.parquet",
+            item_table="items.parquet",
             items_key="item_id",
             item="item_id",
-            users="users.parquet",
+            user_table="users.parquet",
             users_key="user_id",
         )
     )
