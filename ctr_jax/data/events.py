@@ -28,7 +28,7 @@ from ctr_jax.data.event_options import (
     target_range,
     user_expressions,
 )
-from ctr_jax.data.event_times import seconds, stored_time, time_value, too_late
+from ctr_jax.data.event_times import UNITS, seconds, stored_time, time_value, too_late
 from ctr_jax.data.expressions import (
     check_column,
     check_expressions,
@@ -149,6 +149,16 @@ class Events(PreparedBuilder, skip_registration=True):
         con.execute("CREATE OR REPLACE VIEW impressions AS SELECT * FROM good_events")
         self._create_behaviours(con, options, tables, report, how)
         _create_users(con, options)
+
+    def finish(self, directory: Path) -> None:
+        super().finish(directory)
+        if max(last for _, last in self._report["times"].values()) < "2000":
+            unit = complete(self.options)["time_unit"]
+            print(
+                f"warning: every time lies before 2000-01-01 where data.time_unit is {unit!r}; see "
+                f"whether it is another of {', '.join(UNITS)}",
+                flush=True,
+            )
 
     def _source(self, con, options, events, report, how) -> tuple[str, dict[str, RawTable]]:
         """FROM clause, and the raw tables in it by alias.

