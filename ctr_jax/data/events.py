@@ -28,7 +28,7 @@ from ctr_jax.data.event_options import (
     target_range,
     user_expressions,
 )
-from ctr_jax.data.event_times import UNITS, seconds, stored_time, time_value, too_late
+from ctr_jax.data.event_times import seconds, stored_time, time_value, too_late
 from ctr_jax.data.expressions import (
     check_column,
     check_expressions,
@@ -155,8 +155,8 @@ class Events(PreparedBuilder, skip_registration=True):
         if max(last for _, last in self._report["times"].values()) < "2000":
             unit = complete(self.options)["time_unit"]
             print(
-                f"warning: every time lies before 2000-01-01 where data.time_unit is {unit!r}; see "
-                f"whether it is another of {', '.join(UNITS)}",
+                f"warning: every time lies before 2000-01-01; are the log's times in {unit}? See "
+                "data.time_unit",
                 flush=True,
             )
 

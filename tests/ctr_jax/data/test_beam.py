@@ -96,6 +96,19 @@ def test_a_log_of_sessions_with_every_kind_of_column(tmp_path):
     compare(test_events.config(tmp_path, **SESSIONS), tmp_path, (3,))
 
 
+def test_labels_from_the_users_own_rows_and_a_column_that_a_file_lacks(tmp_path):
+    log = raw_logs.draw(0)
+    for event in log["events"][250:]:
+        del event["tab"]
+    raw_logs.write(tmp_path / "raw", log, "parquet", parts=2)
+    later = 'lead(rating) OVER (PARTITION BY "user" ORDER BY ts, e.rowid)'
+    config = test_events.config(tmp_path, label=f"coalesce({later} >= 4, FALSE)", user='e."user"')
+    compare(config, tmp_path, (3,))
+    config["label"] = "count(*) OVER (PARTITION BY session) > 5"
+    with pytest.raises(DataError, match="data.label 'count.* may look at rows of other users"):
+        prepare_beam(config, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [SESSIONS, {"ties": "order"}], ids=["sessions", "order"])
 def test_a_log_of_events_for_any_number_of_shards(tmp_path, changes):
