@@ -28,7 +28,8 @@ def written(directory, change=lambda number, event: None) -> None:
 @pytest.mark.parametrize(("label", "value"), [("rating > 9", 0), ("rating < 9", 1)])
 def test_a_train_split_of_one_class_is_refused(tmp_path, label, value):
     written(tmp_path)
-    for training in (label, f"CASE WHEN ts >= {TEST_FROM} THEN rating > 3 ELSE {label} END"):
+    for mixed_from in (TEST_FROM + 10**6, TEST_FROM, TEST_FROM - 20):  # the last within valid
+        training = f"CASE WHEN ts >= {mixed_from} THEN rating > 3 ELSE {label} END"
         with pytest.raises(DataError, match=f"'train': the label of all .* is {value}: nothing to"):
             prepare(config(tmp_path, label=training))
     in_tail = f"ts BETWEEN {TEST_FROM - 2} AND {TEST_FROM}"
