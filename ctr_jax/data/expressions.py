@@ -76,9 +76,8 @@ def mentioned(
     names: set[str] = set()
     for sql in expressions:
         for node in _nodes(_parsed(con, sql)):
-            whole_row = (
-                len(node.get("column_names", ())) == 1 and node["column_names"][0] in aliases
-            )
+            column = [name.lower() for name in node.get("column_names", ())]
+            whole_row = len(column) == 1 and column[0] in aliases
             if node.get("class") == "STAR" or node.get("ref_type") == "NATURAL" or whole_row:
                 return None
             for value in node.values():

@@ -202,7 +202,7 @@ def test_the_names_that_an_expression_mentions():
     con = duckdb.connect()
     found = expressions.mentioned(con, ['e."A b" + lower(C)', "x[1].y = 'w'"], aliases=("e",))
     assert {"a b", "c", "x", "y"} <= found
-    for sql in ("e", "count(e.*)", "COLUMNS('a')", "(SELECT 1 FROM a NATURAL JOIN b)"):
+    for sql in ("E", "count(e.*)", "COLUMNS('a')", "(SELECT 1 FROM a NATURAL JOIN b)"):
         assert expressions.mentioned(con, ["a", sql], aliases=("e",)) is None
     assert expressions.mentioned(con, ["this is no SQL"], aliases=("e",)) is not None
 
