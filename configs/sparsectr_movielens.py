@@ -25,7 +25,7 @@ def protocol(variant: str = "") -> ConfigDict:
     config.data.update(
         dict(builder="events", name="movielens_v2", raw_dir="raw/movielens_1m",
              events=("events.parquet",), user="user", time="ts", time_floor=3600,
-             users="users.parquet", users_key="user",
+             user_table="users.parquet", users_key="user",
              label="rating >= 4", request="event", ties="order",
              train=f"ts < {SPLIT}", test=f"ts >= {SPLIT}", valid_fraction=0.05,
              candidate=dict(item="item", genres="genres"),

@@ -5,7 +5,7 @@
 
 DIR holds the events (Parquet or CSV, one file or a glob), one row per impression or behaviour, and
 optionally one table of users and one of items. Every field below is a column name or an SQL
-expression (DuckDB) over the event `e` and its item `i`; all options are in ctr_jax/data/events.py.
+expression (DuckDB) over the event `e` and its item `i`; ctr_jax/data/event_options.py has all.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,10 @@ def get_config() -> ConfigDict:
             # A number, or a date-time (of a CSV: ISO's), which is UTC's where it has no zone.
             time="timestamp",
             time_unit="s",  # s | ms | us
-            label="clicked",  # 0 or 1, or a condition such as "rating >= 4"
+            # 0 or 1, or a condition such as "rating >= 4". Where clicks are rows of their own (and
+            # train and test take the impressions alone, see docs/preparation.md):
+            # "bool_or(event_type = 'click') OVER (PARTITION BY request_id, e.item_id)".
+            label="clicked",
             # One request = the impressions of one user at one time; also "event", a number of
             # seconds to bucket by, or the name of a request id column.
             request="time",
@@ -47,10 +50,10 @@ def get_config() -> ConfigDict:
             context=dict(slot="e.slot"),
             user_columns=dict(age="age", city="city"),
             kinds={"candidate/price": "quantile"},
-            items="items.parquet",
+            item_table="items.parquet",
             items_key="item_id",
             item="item_id",
-            users="users.parquet",
+            user_table="users.parquet",
             users_key="user_id",
         )
     )

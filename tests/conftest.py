@@ -64,7 +64,7 @@ def small_config(small_log, prepared_dir):
     config.data.update(
         dict(builder="events", name="small", raw_dir=str(small_log),
              prepared_dir=str(prepared_dir), events=("events.parquet",), user="user", time="ts",
-             users="users.parquet", users_key="user", label="rating >= 4", request="event",
+             user_table="users.parquet", users_key="user", label="rating >= 4", request="event",
              ties="order", train=f"ts < {split}", test=f"ts >= {split}", valid_fraction=0.1,
              candidate=dict(item="item", category="category"),
              behaviour=dict(item="item", category="category", rating="rating"),

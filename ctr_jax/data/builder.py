@@ -34,7 +34,7 @@ from ctr_jax.data.column_checks import check_columns
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.plan import Field, Plan
 from ctr_jax.data.records import HISTORIES, REQUEST, SPEC, record_dtype, request_features
-from ctr_jax.data.report import Histogram, table
+from ctr_jax.data.report import Histogram, RecordStatistics, period, summary
 from ctr_jax.features import FIRST_KNOWN, DataSpec
 
 VERSION = "1.0.0"
@@ -156,13 +156,14 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         ends = directory / SCRATCH / "ends.parquet"
         history_hash = histories_lib.build_histories(con, plan, dense, directory / HISTORIES, ends)
         self._digest.update(history_hash.encode())
-        known = con.execute("SELECT count(*) FROM behaviours WHERE keep").fetchone()[0]
-        self.report_counts(directory, known, sizes)
+        self.report_counts(directory, requests_lib.known_behaviours(con), sizes)
 
         encoders = self.encoders(directory / VOCABULARIES, dense)
         encoded_users = requests_lib.encode_users(con, encoders["user"])
         dtype = record_dtype(self.spec())
         groups = requests_lib.group_sizes(con, plan, by_context=True)
+        if groups != sizes:
+            report["several_contexts"] = requests_lib.several_contexts(con, plan)
         prepared, first = {}, 0
         for split in requests_lib.SPLITS:
             count = requests_lib.num_records(groups[split], plan.max_candidates)
@@ -176,12 +177,18 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         return prepared
 
     def report_counts(
-        self, directory: Path, known: int, sizes: Mapping[str, Mapping[int, int]]
+        self,
+        directory: Path,
+        known: tuple[int, int | None, int | None],
+        sizes: Mapping[str, Mapping[int, int]],
     ) -> None:
-        """Reports users, behaviours (of `known` in the log) and the sizes of requests."""
+        """Reports users, behaviours (of the log's `known_behaviours`) and the sizes of requests."""
         report = self._report
         kept = seqvault.Snapshot(directory / HISTORIES)
-        report["dropped"]["behaviours of users without impressions"] = known - kept.num_behaviours
+        number, first, last = known
+        report["dropped"]["behaviours of users without impressions"] = number - kept.num_behaviours
+        if number:
+            report.setdefault("times", {})["behaviours"] = period(first, last)
         lengths = Histogram()
         for first in range(0, kept.num_users, _LENGTH_CHUNK):
             last = min(first + _LENGTH_CHUNK, kept.num_users)
@@ -238,7 +245,7 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         self, split: str, count: int, records: Iterator[np.ndarray]
     ) -> Iterator[np.ndarray]:
         """The stream itself, hashed, counted and shown on a progress bar."""
-        ends, waste, seen = Histogram(), 0, 0
+        ends, waste, seen, found = Histogram(), 0, 0, RecordStatistics(self.spec())
         self._digest.update(split.encode())
         with tqdm(total=count, desc=split, unit=" records", disable=None, unit_scale=True) as bar:
             for block in records:
@@ -247,11 +254,14 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
                 waste += int((block["label"].shape[1] - block["num_candidates"]).sum())
                 lengths = "num_behaviours" if "num_behaviours" in block.dtype.names else "end"
                 ends.add(block[lengths])
+                found.add(block)
                 bar.update(len(block))
                 yield block
         if seen != count:
             raise RuntimeError(f"{split}: {count} records were announced, {seen} came")
         self._report["history_lengths"][split] = ends.summary()
+        for name, value in found.report().items():
+            self._report.setdefault(name, {})[split] = value
         self._report.setdefault("records", {})[split] = seen
         self._report.setdefault("empty_candidate_slots", {})[split] = waste
 
@@ -343,22 +353,6 @@ def write_split(
         num_bytes=sum(path.stat().length for path in paths),
         filename_template=template,
     )
-
-
-def summary(spec: DataSpec, report: Report) -> str:
-    """The tables that a preparation prints."""
-    parts = [f"prepared {spec.name}: {report['users']:,} users, hash {spec.content_hash[:12]}"]
-    splits = {
-        s: {k: report[k][s] for k in ("impressions", "requests", "records")} for s in spec.splits
-    }
-    parts.append(table("split", splits))
-    groups = {s: Histogram(c).summary() for s, c in report["group_sizes"].items()}
-    parts.append(table("candidates per request", groups))
-    parts.append(table("history length", report["history_lengths"]))
-    for kind in ("skipped", "dropped"):
-        if counts := {k: {"rows": n} for k, n in report[kind].items() if n}:
-            parts.append(table(kind, counts))
-    return "\n\n".join(parts)
 
 
 def _sync(directory: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ctr_jax.data.raw_files import (
 )
 from ctr_jax.data.raw_types import (
     Cell,
+    absent_cell,
     all_null,
     column_types,
     csv_cell,
@@ -115,6 +116,7 @@ def load(
     quote: str = '"',
     header: bool = True,
     skip_files: bool = False,
+    needed: Collection[str] | None = None,
 ) -> RawTable:
     """Creates the table `name` from all `files`, in file order, plus a column `filename`.
 
@@ -122,6 +124,8 @@ def load(
       columns: {column: DuckDB type} that must be there; others are left out. None = all columns
         of the first file that has rows, which the other files must have too; those without a name
         are left out.
+      needed: the columns that a file must have, in small letters; another that it lacks is NULL in
+        its rows. None = all.
       types: overrides of inferred types (CSV without `columns`: BIGINT or DOUBLE where at least
         99 % of the first 20,480 rows allow it, else VARCHAR; whole numbers are never DOUBLE, which
         would merge ids of 17 digits and more).
@@ -142,9 +146,9 @@ def load(
     names = distinct_names(files)
     for path in files:
         have = file_columns(path) if header or is_parquet(path) else list(table.columns)
-        missing = [c for c in table.columns if c not in have]
-        if missing:
-            raise DataError(f"{path}: no column {missing[0]!r}; the file has {have}")
+        for column in table.columns:
+            if column not in have and (needed is None or column.lower() in needed):
+                raise DataError(f"{path}: no column {column!r}; the file has {have}")
         table.first.append(con.execute(f"SELECT count(*) FROM {name}").fetchone()[0])
         skipped = None if on_bad_row == "raise" else report["skipped"]
         if is_parquet(path):
@@ -199,7 +203,9 @@ def _insert_parquet(
     try:
         found = parquet_schema(con, path)
         cells = [
-            Cell(column, f"CAST(NULL AS {kind})")
+            absent_cell(column, kind)
+            if column not in found
+            else Cell(column, f"CAST(NULL AS {kind})")
             if found[column] != kind and all_null(path, column)
             else parquet_cell(column, found[column], kind)
             for column, kind in table.columns.items()
@@ -237,7 +243,10 @@ def _insert_csv(
     """As _insert_parquet; the file is read again only where something is wrong."""
     read_as, cells = {}, []
     for column, kind in table.columns.items():
-        read_as[column], cell = csv_cell(column, kind)
+        if column in have:
+            read_as[column], cell = csv_cell(column, kind)
+        else:
+            cell = absent_cell(column, kind)
         cells.append(cell)
     columns = [(c, read_as.get(c, "VARCHAR")) for c in have]
     read = csv_reader.reader(path, columns, nulls, quote, table.header)
@@ -347,7 +356,7 @@ def _misfits(table: RawTable, cells: Sequence[Cell], source: str) -> str:
         return f"CASE {' '.join(f'WHEN {c.misfit} THEN {what(c)}' for c in bad)} END"
 
     # All columns are read, as they are for the table: the reader rejects by what it casts.
-    read = ", ".join(sql_name(cell.column) for cell in cells)
+    read = ", ".join(sql_name(cell.column) for cell in cells if not cell.absent)
     return f"""
         SELECT {own("row")} AS "row", {case(lambda c: sql_text(c.column))} AS "column",
             {case(lambda c: sql_text(table.columns[c.column]))} AS "type",

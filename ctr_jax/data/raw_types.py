@@ -49,11 +49,18 @@ class Cell:
     Attributes:
       value: the value in the table's type.
       misfit: predicate of rows whose value the table's type does not hold; "" = there are none.
+      absent: the file has no such column.
     """
 
     column: str
     value: str
     misfit: str = ""
+    absent: bool = False
+
+
+def absent_cell(column: str, wanted: str) -> Cell:
+    """The cell of a column that the file lacks."""
+    return Cell(column, f"CAST(NULL AS {wanted})", absent=True)
 
 
 def csv_cell(column: str, wanted: str) -> tuple[str, Cell]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from ctr_jax.features import MISSING, OOV, DataSpec
+
+SHOWN = 0.01  # columns of which a smaller share is unknown are in report.json alone
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -37,6 +42,97 @@ class Histogram:
         for q in QUANTILES:
             found[f"p{round(100 * q)}"] = int(np.searchsorted(below, q * total))
         return found
+
+
+class RecordStatistics:
+    """Clicks, times and unknown values of one split, from its records in blocks."""
+
+    def __init__(self, spec: DataSpec):
+        columns = (c for group in ("user", "context", "candidate") for c in spec.group(group))
+        self._keys = [f"{c.group}/{c.name}" for c in columns if c.kind == "id"]
+        self._counts = {id: dict.fromkeys(self._keys, 0) for id in (OOV, MISSING)}
+        self._sizes = {"records": 0, "candidates": 0, "clicks": 0}
+        self._times: list[int] = []
+
+    def add(self, block: np.ndarray) -> None:
+        """Counts a block of records [N]; slots without a candidate hold id 0 and label 0."""
+        self._sizes["records"] += len(block)
+        self._sizes["candidates"] += int(block["num_candidates"].sum())
+        self._sizes["clicks"] += int(block["label"].sum(dtype=np.int64))
+        times = block["request_time"]
+        self._times = [min([*self._times, int(times.min())]), max([*self._times, int(times.max())])]
+        for key in self._keys:
+            ids = block[key]
+            for id, counts in self._counts.items():
+                counts[key] += int(np.count_nonzero(ids == id))
+
+    def report(self) -> dict[str, Any]:
+        """Number and share of label 1, first and last request, {column: share} of unknown values.
+
+        Shares of user and context columns are of records, those of candidate columns of candidates.
+        """
+        sizes = self._sizes
+
+        def shares(counts: Mapping[str, int]) -> dict[str, float]:
+            of = {k: "candidates" if k.startswith("candidate/") else "records" for k in counts}
+            return {k: round(n / max(1, sizes[of[k]]), 4) for k, n in counts.items()}
+
+        return {
+            "clicks": sizes["clicks"],
+            "click_rate": round(sizes["clicks"] / max(1, sizes["candidates"]), 4),
+            "times": period(*self._times) if self._times else [],
+            "out_of_vocabulary": shares(self._counts[OOV]),
+            "missing": shares(self._counts[MISSING]),
+        }
+
+
+def period(first: int, last: int) -> list[str]:
+    """Two times in seconds as ISO date-times, UTC."""
+    return [
+        datetime.datetime.fromtimestamp(t, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        for t in (first, last)
+    ]
+
+
+def summary(spec: DataSpec, report: Mapping[str, Any]) -> str:
+    """The tables that a preparation prints."""
+    parts = [f"prepared {spec.name}: {report['users']:,} users, hash {spec.content_hash[:12]}"]
+    names = ("impressions", "requests", "records", "clicks", "click_rate")
+    splits: dict[str, dict[str, Any]] = {s: {k: report[k][s] for k in names} for s in spec.splits}
+    for name, times in report["times"].items():
+        splits.setdefault(name, {}).update(zip(("first (UTC)", "last (UTC)"), times, strict=False))
+    parts.append(table("split", splits))
+    parts += [
+        f"{split}: every label is {int(clicks > 0)}, so that AUC is not defined there"
+        for split, clicks in report["clicks"].items()
+        if clicks in (0, report["impressions"][split])
+    ]
+    groups = {s: Histogram(c).summary() for s, c in report["group_sizes"].items()}
+    parts.append(table("candidates per request", groups))
+    if several := dict(report.get("several_contexts", {})):
+        number, total = several.pop("any"), sum(report["requests"].values())
+        differ = ", ".join(f"{key} in {n:,}" for key, n in several.items())
+        parts.append(
+            f"{number:,} of {total:,} requests fill a record per context: their rows differ in "
+            f"{differ}"
+        )
+    parts.append(table("history length", report["history_lengths"]))
+    if unknown := _unknown(report):
+        parts.append(table("unknown", unknown))
+    for kind in ("skipped", "dropped"):
+        if counts := {k: {"rows": n} for k, n in report[kind].items() if n}:
+            parts.append(table(kind, counts))
+    return "\n\n".join(parts)
+
+
+def _unknown(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Rows of a table: columns whose values are out of vocabulary or missing often enough."""
+    rows: dict[str, dict[str, float]] = {}
+    for short, kind in (("oov", "out_of_vocabulary"), ("missing", "missing")):
+        for split, shares in report[kind].items():
+            for key, share in shares.items():
+                rows.setdefault(key, {})[f"{short} {split}"] = share
+    return {key: row for key, row in rows.items() if max(row.values()) >= SHOWN}
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:

@@ -14,6 +14,7 @@ import duckdb
 import numpy as np
 
 import seqvault
+from ctr_jax.data.errors import DataError
 from ctr_jax.data.plan import Plan
 from ctr_jax.data.sql import from_parquet
 from ctr_jax.data.vocabulary import Encoder
@@ -28,9 +29,11 @@ _GROUP = {
 }
 
 
-# The impressions by moment: what the bounds of the splits are found from. Adds up over users.
+# The impressions by moment, and those of label 1: what the bounds of the splits are found from.
+# Adds up over users.
 MOMENTS = """
-    SELECT "range", request_order, count(*) AS n FROM ranged GROUP BY ALL"""
+    SELECT "range", request_order, count(*) AS n, CAST(sum(label) AS BIGINT) AS clicks
+    FROM ranged GROUP BY ALL"""
 
 
 def split_impressions(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, float | None]:
@@ -70,9 +73,12 @@ def find_bounds(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, float |
     Returns:
       {"valid_from": first order_time of the valid tail (None if the log names its own valid
       range), "behaviours_before": the bound of behaviours_fit (None if the plan has its own)}.
+    Raises:
+      DataError: the impressions of train have one label.
     """
     named = con.execute("SELECT count(*) FROM moments WHERE \"range\" = 'valid'").fetchone()[0]
     valid_from = None if plan.own_valid or named else _tail_start(con, plan.valid_fraction)
+    _check_labels(con, valid_from)
     bound = None
     if not plan.fit_behaviours:
         held_out = "\"range\" IN ('valid', 'test')"
@@ -146,6 +152,30 @@ def _tail_start(con: duckdb.DuckDBPyConnection, fraction: float) -> float | None
     return start
 
 
+def _check_labels(con: duckdb.DuckDBPyConnection, valid_from: float | None) -> None:
+    """Raises DataError if all impressions of train have one label."""
+    train = "\"range\" = 'train'"
+    if valid_from is not None:
+        train += f" AND request_order < {valid_from!r}"
+    number, clicks = con.execute(
+        f"SELECT sum(n), sum(clicks) FROM moments WHERE {train}"
+    ).fetchone()
+    if number and clicks in (0, number):
+        raise DataError(
+            f"split 'train': the label of all {number:,} impressions is {int(clicks > 0)}: nothing "
+            "to learn; check the label, and which rows the split options take; where clicks are "
+            "rows of their own, docs/preparation.md tells how to label impressions"
+        )
+
+
+def known_behaviours(
+    con: duckdb.DuckDBPyConnection,
+) -> tuple[int, int | None, int | None]:
+    """Number, first time and last time of the behaviours of the log that enter histories."""
+    query = "SELECT count(*), min(time), max(time) FROM behaviours WHERE keep"
+    return con.execute(query).fetchone()
+
+
 def group_sizes(
     con: duckdb.DuckDBPyConnection, plan: Plan, by_context: bool = False
 ) -> dict[str, dict[int, int]]:
@@ -168,6 +198,24 @@ def group_sizes(
 def _contexts(plan: Plan, alias: str) -> list[str]:
     """SQL of the context values as texts; '' = missing."""
     return [f"coalesce(CAST({alias}.\"{f.key}\" AS VARCHAR), '')" for f in plan.group("context")]
+
+
+def several_contexts(con: duckdb.DuckDBPyConnection, plan: Plan) -> dict[str, int]:
+    """{context column: requests in which it has several values}, for those that do; "any" of them.
+
+    Each context of a request fills records of its own.
+    """
+    fields = plan.group("context")
+    differ = [f"min({c}) <> max({c})" for c in _contexts(plan, "placed")]
+    flags = ", ".join(f"{sql} AS d{n}" for n, sql in enumerate([" OR ".join(differ), *differ]))
+    counts = ", ".join(f"count_if(d{n})" for n in range(1 + len(fields)))
+    numbers = con.execute(
+        f"""
+        SELECT {counts} FROM (
+            SELECT {flags} FROM placed GROUP BY split, {", ".join(_GROUP[plan.request])})"""
+    ).fetchone()
+    names = ["any", *(f.key for f in fields)]
+    return {name: number for name, number in zip(names, numbers, strict=True) if number}
 
 
 def num_records(sizes: dict[int, int], max_candidates: int) -> int:

@@ -68,13 +68,8 @@ def unique_key(
     Args:
       kind: the DuckDB type of what is compared with it by `equal`, if not the key's own.
     Raises:
-      DataError: there is no such column, a key is a text that is not of that type, or two rows
-        share a key.
+      DataError: a key is a text that is not of that type, or two rows share a key.
     """
-    if column not in table.columns:
-        raise DataError(
-            f"{table.files[0]}: no column {column!r}; the file has {list(table.columns)}"
-        )
     refuse_lists(f"{table.files[0]}: column {column!r}", table.columns[column])
     key = sql_name(column)
     if kind and kind != "VARCHAR" == table.columns[column]:

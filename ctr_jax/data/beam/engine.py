@@ -62,7 +62,9 @@ def prepare_splits(
     job = _parse(job, report, flags)
     report["bounds"] = bounds = _find_bounds(job, con, plan, report, flags)
 
-    sizes, groups, known = _count_values(job, con, plan, bounds, flags)
+    sizes, groups, known, contexts = _count_values(job, con, plan, bounds, flags)
+    if groups != sizes:
+        report["several_contexts"] = contexts
     check_splits(sizes)
     _number_users(job, con)
     names = {id_fields(fields): name for name, fields in shards.fits(plan).items()}
@@ -146,8 +148,8 @@ def _find_bounds(
         _ = (
             _shards(pipeline, job)
             | "count moments" >> beam.ParDo(shards.CountMoments(job))
-            | beam.CombinePerKey(sum)
-            | beam.Map(lambda pair: (path.name, (*pair[0], pair[1])))
+            | beam.CombinePerKey(_add_pairs)
+            | beam.Map(lambda pair: (path.name, (*pair[0], *pair[1])))
             | beam.GroupByKey()
             | beam.ParDo(WriteTable(job.scratch, {path.name: schema}))
         )
@@ -173,8 +175,12 @@ def _place_of(job: rows.Job, error: dict[str, Any]) -> tuple[int, int, int]:
 
 def _count_values(
     job: rows.Job, con: duckdb.DuckDBPyConnection, plan: Plan, bounds: dict, flags: Sequence[str]
-) -> tuple[dict[str, dict[int, int]], dict[str, dict[int, int]], int]:
-    """Writes the counts that vocabularies are fitted on; returns sizes, groups and behaviours."""
+) -> tuple[dict[str, dict[int, int]], dict[str, dict[int, int]], tuple, dict[str, int]]:
+    """Writes the counts that vocabularies are fitted on.
+
+    Returns:
+      sizes and groups (group_sizes without and by context), known_behaviours, several_contexts.
+    """
     fits = shards.fits(plan)
     schemas = {
         f"{name}.parquet": con.sql(vocabulary.counts(con, plan, fields)).to_arrow_reader(1).schema
@@ -195,10 +201,11 @@ def _count_values(
     for name, schema in schemas.items():
         _or_empty(job.scratch / name, schema)
     totals = {"sizes": _no_sizes(), "groups": _no_sizes()}
-    known = 0
+    known, contexts = [], {}
     for shard in range(job.shards):
         result = json.loads(job.result(f"values-{shard}").read_text())
-        known += result["behaviours"]
+        known.append(result["behaviours"])
+        _add(contexts, result["several_contexts"])
         for kind, splits in totals.items():
             for split, counts in splits.items():
                 _add(counts, {int(k): n for k, n in result[kind][split].items()})
@@ -206,7 +213,11 @@ def _count_values(
         {split: dict(sorted(counts.items())) for split, counts in splits.items()}
         for splits in totals.values()
     )
-    return sizes, groups, known
+    numbers, *times = zip(*known, strict=True)
+    first, last = ([t for t in of if t is not None] for of in times)
+    behaviours = (sum(numbers), min(first, default=None), max(last, default=None))
+    in_order = {k: contexts[k] for k in ("any", *(f.key for f in plan.fields)) if k in contexts}
+    return sizes, groups, behaviours, in_order
 
 
 def _no_sizes() -> dict[str, dict[int, int]]:
@@ -219,11 +230,11 @@ def _add(total: dict, counts: dict) -> None:
 
 
 def _add_pairs(values) -> tuple[int, int]:
-    impressions = behaviours = 0
-    for in_impressions, in_behaviours in values:
-        impressions += in_impressions
-        behaviours += in_behaviours
-    return impressions, behaviours
+    first = second = 0
+    for of_first, of_second in values:
+        first += of_first
+        second += of_second
+    return first, second
 
 
 def _count_rows(pair: tuple[tuple[str, Any], tuple[int, int]]) -> Iterator[tuple[str, tuple]]:

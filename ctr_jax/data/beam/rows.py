@@ -95,12 +95,12 @@ def describe(
         )
     tables: dict[str, Table] = {}
 
-    def read_table(con, name, files, report, *, on_bad_row, **how) -> raw.RawTable:
+    def read_table(con, name, files, report, *, on_bad_row, needed=None, **how) -> raw.RawTable:
         if on_bad_row not in ("raise", "skip"):
             raise DataError(f"on_bad_row is {on_bad_row!r}; use 'raise' or 'skip'")
         created = raw.create(con, name, files, **how)
         rest = {k: v for k, v in how.items() if k in ("nulls", "quote", "header")}
-        rest["on_bad_row"] = on_bad_row
+        rest["on_bad_row"], rest["needed"] = on_bad_row, needed
         tables[name] = Table(name, tuple(files), created.columns, rest, keys.get(name, ""))
         return created
 

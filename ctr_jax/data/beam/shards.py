@@ -47,7 +47,7 @@ def by_user(job: Job, pass_name: str, shard: int) -> Path:
 
 
 class CountMoments(beam.DoFn):
-    """shard -> ((range, request_order), impressions).
+    """shard -> ((range, request_order), (impressions, those of label 1)).
 
     Writes the result moments-<shard>: the counts of the row checks, or their error.
     """
@@ -55,7 +55,7 @@ class CountMoments(beam.DoFn):
     def __init__(self, job: Job):
         self.job = job
 
-    def process(self, shard: int) -> Iterator[tuple[tuple, int]]:
+    def process(self, shard: int) -> Iterator[tuple[tuple, tuple]]:
         report: dict[str, Any] = {"rows": {}, "skipped": {}, "dropped": {}}
         with local_database(self.job.options) as con:
             try:
@@ -65,16 +65,16 @@ class CountMoments(beam.DoFn):
                 report["error"], report["order"] = str(error), error.order
             else:
                 requests_lib.range_impressions(con, builder.plan(builder.options))
-                for name, order, n in _rows(con, requests_lib.MOMENTS):
-                    yield (name, order), n
+                for name, order, *counts in _rows(con, requests_lib.MOMENTS):
+                    yield (name, order), tuple(counts)
         write_result(self.job.result(f"moments-{shard}"), report)
 
 
 class CountValues(beam.DoFn):
     """shard -> ((name of fits(), value), (in impressions, in behaviours)).
 
-    Writes the shard's users, and the result values-<shard>: the sizes of its requests and the
-    number of its behaviours.
+    Writes the shard's users, and the result values-<shard>: the sizes of its requests, those of
+    several contexts, and the number and times of its behaviours.
     """
 
     def __init__(self, job: Job, bounds: Mapping[str, float | None]):
@@ -92,11 +92,15 @@ class CountValues(beam.DoFn):
                     f"COPY (SELECT user_key, {shard} AS shard FROM user_ids ORDER BY user_key) "
                     f"TO {sql_text(directory / USERS)}"
                 )
-            known = con.execute("SELECT count(*) FROM behaviours WHERE keep").fetchone()[0]
+            sizes = requests_lib.group_sizes(con, plan)
+            groups = requests_lib.group_sizes(con, plan, by_context=True)
             result = {
-                "sizes": requests_lib.group_sizes(con, plan),
-                "groups": requests_lib.group_sizes(con, plan, by_context=True),
-                "behaviours": known,
+                "sizes": sizes,
+                "groups": groups,
+                "several_contexts": requests_lib.several_contexts(con, plan)
+                if groups != sizes
+                else {},
+                "behaviours": requests_lib.known_behaviours(con),
             }
         write_result(self.job.result(f"values-{shard}"), result)
 

@@ -74,8 +74,8 @@ def test_bad_rows_are_counted_the_same_and_users_may_be_disjoint(tmp_path):
 SESSIONS = {
     "request": "e.session",
     "max_candidates": 2,
-    "items": "items.parquet",
-    "users": "users.parquet",
+    "item_table": "items.parquet",
+    "user_table": "users.parquet",
     "prior": {
         "file": "prior.parquet",
         "user": "user",
@@ -94,6 +94,19 @@ SESSIONS = {
 def test_a_log_of_sessions_with_every_kind_of_column(tmp_path):
     raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "parquet", parts=3)
     compare(test_events.config(tmp_path, **SESSIONS), tmp_path, (3,))
+
+
+def test_labels_from_the_users_own_rows_and_a_column_that_a_file_lacks(tmp_path):
+    log = raw_logs.draw(0)
+    for event in log["events"][250:]:
+        del event["tab"]
+    raw_logs.write(tmp_path / "raw", log, "parquet", parts=2)
+    later = 'lead(rating) OVER (PARTITION BY "user" ORDER BY ts, e.rowid)'
+    config = test_events.config(tmp_path, label=f"coalesce({later} >= 4, FALSE)", user='e."user"')
+    compare(config, tmp_path, (3,))
+    config["label"] = "count(*) OVER (PARTITION BY session) > 5"
+    with pytest.raises(DataError, match="data.label 'count.* may look at rows of other users"):
+        prepare_beam(config, 2)
 
 
 @pytest.mark.slow
@@ -152,7 +165,7 @@ def test_a_user_that_occurs_twice_is_named_before_a_bad_event(tmp_path):
     log["events"][60]["ts"] = -1
     log["users"].append(dict(log["users"][2]))
     raw_logs.write(tmp_path / "raw", log, "parquet")
-    config = test_events.config(tmp_path, users="users.parquet")
+    config = test_events.config(tmp_path, user_table="users.parquet")
     check_same_message(config, 3, "users.parquet: .* occurs twice")
 
 
@@ -168,7 +181,7 @@ def test_a_line_behind_skipped_ones_gets_the_same_message(tmp_path):
     raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "csv", parts=2)
     lines = ["user,age", "x,y,z", *(f"{user},20" for user in range(100, 120)), "7.5,1", "105,30"]
     (tmp_path / "raw" / "users.csv").write_text("\n".join(lines))
-    options = {"events": "events-*.csv", "users": "users.csv", "on_bad_row": "skip"}
+    options = {"events": "events-*.csv", "user_table": "users.csv", "on_bad_row": "skip"}
     options["types"] = {"user": "BIGINT"}
     config = test_events.config(tmp_path, **options)
     check_same_message(config, 2, "users.csv: line 24: user 105 occurs twice")
@@ -204,7 +217,7 @@ def test_what_cannot_be_cut_by_user_is_refused(tmp_path):
     with pytest.raises(DataError, match="--shards is 0; use at least 1"):
         prepare_beam({}, 0)
     raw_logs.write(tmp_path / "raw", raw_logs.draw(0), "parquet")
-    config = test_events.config(tmp_path, items="items.parquet", user="i.author")
+    config = test_events.config(tmp_path, item_table="items.parquet", user="i.author")
     with pytest.raises(DataError, match="cannot be told from raw_events alone"):
         prepare_beam(config, 2)
     for name in ("taobao", "amazon", "eleme"):

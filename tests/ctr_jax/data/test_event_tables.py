@@ -18,8 +18,8 @@ from tests.ctr_jax.data.test_events import config
 
 PRIOR = {"file": "prior.parquet", "user": "user", "items": "seen", "time": "last"}
 PRIOR["behaviour"] = {"item": "p.item", "rating": "NULL"}
-ITEMS = {"items": "items.parquet", "candidate": {"item": "e.item", "author": "i.author"}}
-USERS = {"users": "users.parquet", "user_columns": {"user_id": '"user"', "age": "age"}}
+ITEMS = {"item_table": "items.parquet", "candidate": {"item": "e.item", "author": "i.author"}}
+USERS = {"user_table": "users.parquet", "user_columns": {"user_id": '"user"', "age": "age"}}
 
 
 def content_hash(path: Path) -> str:
@@ -100,7 +100,7 @@ def test_other_kinds_beside_integers_are_refused(tmp_path, sql):
         {"request": "[e.session]", "max_candidates": 3},
         {"context": {"tags": "[e.tab]"}},
         {"kinds": {"candidate/n": "quantile"}, "candidate": {"item": "e.item", "n": "[e.ts]"}},
-        {"items": "items.parquet", "item": "[e.item]"},
+        {"item_table": "items.parquet", "item": "[e.item]"},
     ],
 )
 def test_lists_are_refused(tmp_path, options):

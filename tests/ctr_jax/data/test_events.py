@@ -149,8 +149,8 @@ def test_requests_contexts_items_users_and_prior_histories(
             events=(f"events-*.{kind}",),
             request=request_option,
             max_candidates=candidates,
-            items=f"items.{kind}",
-            users=f"users.{kind}",
+            item_table=f"items.{kind}",
+            user_table=f"users.{kind}",
             candidate={"item": "e.item", "author": "author", "length": "length"},
             context={"tab": "tab"},
             behaviour={
@@ -362,7 +362,7 @@ def test_a_truncated_gzip_and_an_open_quote_are_named(tmp_path):
         ({"time": "stamp"}, "stamp"),
         ({"candidate": {"item": "nothing"}}, "nothing"),
         ({"events": "absent.csv"}, "absent.csv: no such file"),
-        ({"items": "items.parquet", "items_key": "video"}, "no column 'video'"),
+        ({"item_table": "items.parquet", "items_key": "video"}, "no column 'video'"),
         ({"labels": "rating"}, "no options"),
         ({"kinds": {"candidate/x": "quantile"}}, "no columns"),
         ({"ties": "order", "request": 60}, "request = 'event'"),
@@ -384,4 +384,4 @@ def test_an_item_that_occurs_twice_is_refused(tmp_path):
     raw_logs.write(tmp_path / "raw", log, "csv")
     line = len(log["items"]) + 1
     with pytest.raises(DataError, match=rf"items.csv: line {line}: item .* twice"):
-        prepare(config(tmp_path, events="events-*.csv", items="items.csv"))
+        prepare(config(tmp_path, events="events-*.csv", item_table="items.csv"))

@@ -212,7 +212,7 @@ def test_a_line_is_named_right_behind_skipped_ones(tmp_path):
     lines.append("150,30")
     (tmp_path / "raw" / "users.csv").write_text("\n".join(lines))
     place = sum(line.count("\n") + 1 for line in lines)
-    options = {"events": "events-*.csv", "users": "users.csv", "on_bad_row": "skip"}
+    options = {"events": "events-*.csv", "user_table": "users.csv", "on_bad_row": "skip"}
     with pytest.raises(DataError, match=rf"users.csv: line {place}: user 150 occurs twice"):
         prepare(config(tmp_path, **options))
 
