@@ -47,7 +47,7 @@ def raw_values(tmp_path_factory):
 def trained(small_config, raw_values, tmp_path):
     """A config of that log, two steps trained in tmp_path."""
     split = 1_000_000_000 + 9**7 // 2
-    del small_config.data.users, small_config.data.users_key, small_config.data.user_columns
+    del small_config.data.user_table, small_config.data.users_key, small_config.data.user_columns
     small_config.data.candidate = dict(item="item", name="name", price="price", weight="weight")
     small_config.data.behaviour = dict(item="item", name="name")
     small_config.data.update(
