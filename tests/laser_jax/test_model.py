@@ -293,6 +293,25 @@ def built(config, **kwargs):
     return module, variables, embedded
 
 
+@pytest.mark.parametrize("rows", [False, True])
+def test_no_history_is_a_history_of_padding(rows):
+    """Of a model that has its parameters from longer ones, with vectors or rows and slots."""
+    module, variables, embedded = built(small(short_length=3), lengths=(0, 0))
+    none = batch_of(module.columns, length=0, lengths=(0, 0))
+    none = none.replace(batch=none.batch.replace(request_time=embedded.batch.request_time))
+    others = {k: x for k, x in embedded.vectors.items() if not k.startswith("behaviour/")}
+    of_behaviours = {k: x for k, x in none.vectors.items() if k.startswith("behaviour/")}
+    if rows:
+        tables = {k: np.ones((9, x.shape[-1]), np.float32) for k, x in of_behaviours.items()}
+        slots = {k: np.zeros((2, 0), np.int32) for k in of_behaviours}
+        none = none.replace(vectors=others, rows=tables, slots=slots)
+    else:
+        none = none.replace(vectors=others | of_behaviours)
+    apply = jax.jit(lambda v, x: module.apply(v, x, False)[0])
+    expected = apply(variables, embedded)
+    np.testing.assert_allclose(apply(variables, none), expected, rtol=1e-5, atol=1e-5)
+
+
 CHANGES = {
     "a segment of padding": dict(padding=4),
     "padding that is no segment": dict(padding=3),
