@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctr_jax.batch import EmbeddedBatch
+from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from lrea_jax.serving import ServedModel, UserCache, precompute
 
 
@@ -89,8 +89,9 @@ class CacheStore:
             del self._free[left:]
             self._slots.update(zip(users, slots, strict=True))
 
-    def refresh(self, users: Sequence, histories: EmbeddedBatch) -> None:
-        """Makes the caches of `users`, who must be there, again from their present histories.
+    def refresh(self, users: Sequence, histories: RequestBatch | EmbeddedBatch) -> None:
+        """Makes the caches of `users`, who must be there, again from their present histories,
+        as `precompute` takes them.
 
         Raises:
           KeyError: a user is not in the store, or was evicted meanwhile.

@@ -9,12 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctr_jax import embedding
+from ctr_jax.features import table_shapes
+from ctr_jax.steps import empty_batch
+from kernels import dispatch
 from lrea_jax import cache_store
 from lrea_jax.cache_store import CacheFull, CacheStore
 from lrea_jax.serving import ServedModel, StaleCache, long_interest, name_of, precompute, score
 from tests.kernels.cases import sizes
 from tests.lrea_jax import reference
-from tests.lrea_jax.cases import B, C, applied, batch_of, built, changed, double, small
+from tests.lrea_jax.cases import SPEC, B, C, applied, batch_of, built, changed, double, small
 
 ALL = {
     f"{path}, {form}, {kind}": {"training_path": path, "form": form, "parametrisation": kind}
@@ -118,6 +122,43 @@ def test_scoring_does_not_see_the_history_s_length(served):
     query = jax.ShapeDtypeStruct((1, candidates, 4), np.float32)
     attention = jax.make_jaxpr(lambda c, q: long_interest(model, c, q))(cache, query)
     assert max(sizes(attention.jaxpr)) <= candidates * rank < candidates * rank * hidden
+
+
+def test_histories_are_embedded_where_they_are_summarised():
+    """To the same caches, with no vectors [U, L, width] of the behaviours on the way."""
+    length, users = 600, 2  # a table is small for so many ids
+    module, variables, _, columns = built(small(long_length=length - 3))
+    tables = embedding.init_tables(jax.random.key(0), table_shapes(columns, SPEC), scale=1.0)
+    model = ServedModel(module, variables, "w", tables=tables, columns=columns)
+    batch = empty_batch(SPEC, users, length)
+    rng, mask = np.random.default_rng(0), np.arange(length) >= np.array([[0], [250]])
+    ids = {name: rng.integers(1, 9, (users, length)) * mask for name in ("item", "type")}
+    batch = batch.replace(behaviour=ids, behaviour_mask=mask)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        precompute(model, batch),
+        precompute(model, model.embed(batch)),
+    )
+    jaxpr = jax.make_jaxpr(lambda batch: precompute(model, batch))(batch)
+    assert max(sizes(jaxpr.jaxpr)) <= users * length * 4 < users * length * 2 * 3
+    store = CacheStore(model, users)
+    store.insert("ab", precompute(model, batch.replace(behaviour_mask=mask & False)))
+    store.refresh("ab", batch)
+    jax.tree.map(np.testing.assert_array_equal, store.lookup("ab"), precompute(model, batch))
+    with pytest.raises(ValueError, match="no tables"):
+        precompute(ServedModel(module, variables, "w"), batch)
+
+
+def test_kernels_are_those_that_are_named(served, monkeypatch):
+    model, embedded, _ = served
+    with pytest.raises(dispatch.CannotRun, match="pallas"):
+        ServedModel(model.module, model.variables, "w", kernels="pallas")
+    named, scope = [], dispatch.scope
+    monkeypatch.setattr(dispatch, "scope", lambda *how: named.append(how[0]) or scope(*how))
+    other = ServedModel(model.module, model.variables, model.name, kernels="xla")
+    cache = jax.eval_shape(lambda x: precompute(other, x), embedded)
+    jax.eval_shape(lambda c, x: score(other, c, x), cache, embedded)
+    assert named == ["xla"]
 
 
 def test_caches_of_other_weights_are_refused(served):
