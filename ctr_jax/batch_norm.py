@@ -29,12 +29,13 @@ class MaskedBatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
         variance = self.variable("batch_stats", "variance", jnp.ones, (width,))
         if train:
-            weight = mask[..., None].astype(jnp.float32)
+            exact = jnp.promote_types(dtype, jnp.float32)
+            weight = mask[..., None].astype(exact)
             axes = tuple(range(x.ndim - 1))
             count = jnp.sum(weight)
             total = jnp.maximum(count, 1.0)
             # Where, not only a product: a masked position may hold anything, NaN included.
-            valid = jnp.where(mask[..., None], x, 0).astype(jnp.float32)
+            valid = jnp.where(mask[..., None], x, 0).astype(exact)
             batch_mean = jnp.sum(valid, axes) / total
             centred = jnp.where(mask[..., None], x - batch_mean, 0)
             batch_variance = jnp.sum(centred * centred, axes) / total
@@ -48,4 +49,4 @@ class MaskedBatchNorm(nn.Module):
         if self.affine:
             x = x * self.param("scale", nn.initializers.ones, (width,))
             x = x + self.param("bias", nn.initializers.zeros, (width,))
-        return x.astype(dtype)  # the statistics are float32
+        return x.astype(dtype)  # the statistics are float32 at least

@@ -117,6 +117,9 @@ class HistoryModel(nn.Module):
     @nn.compact
     def __call__(self, embedded: EmbeddedBatch, train: bool) -> tuple[jax.Array, dict]:
         """EmbeddedBatch -> (logits [B, C], out); out has "losses" and "interest"."""
+        # Trained with histories, its parameters are of a head that reads an interest.
+        if not embedded.batch.shape[1] and self.has_variable("params", "behaviour_token"):
+            embedded = _with_padding(embedded)
         config, batch = self.config, embedded.batch
         size, length, candidates = batch.shape
         dtype = jnp.result_type(*embedded.vectors.values())
@@ -136,7 +139,7 @@ class HistoryModel(nn.Module):
             jnp.broadcast_to(profile[:, None], (size, candidates, profile.shape[-1])),
         ]
         interest, losses = None, {}
-        if length:  # no history: a model of the candidate and the profile
+        if length:  # initialised with none it is a model of the candidate and the profile
             # Whatever stands in padding, its token is an exact zero.
             mask = batch.behaviour_mask
             keys = tuple(c.key for c in self.columns if c.group == "behaviour")
@@ -213,6 +216,25 @@ def _read(embedded: EmbeddedBatch, key: str) -> jax.Array:
     if key in embedded.rows:
         return sum_of_rows({key: embedded.rows[key]}, {key: embedded.slots[key]})
     return embedded.vectors[key]
+
+
+def _with_padding(embedded: EmbeddedBatch) -> EmbeddedBatch:
+    """The same requests with one behaviour of padding [B, 1] where they have none, [B, 0]."""
+
+    def padded(x, value=0):
+        return jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)), constant_values=value)
+
+    batch = embedded.batch
+    batch = batch.replace(
+        behaviour=jax.tree.map(padded, batch.behaviour),
+        behaviour_time=padded(batch.behaviour_time),
+        behaviour_mask=padded(batch.behaviour_mask),
+    )
+    vectors = {
+        k: padded(x) if k.startswith("behaviour/") else x for k, x in embedded.vectors.items()
+    }
+    slots = {k: padded(x, len(embedded.rows[k])) for k, x in embedded.slots.items()}
+    return embedded.replace(batch=batch, vectors=vectors, slots=slots)
 
 
 def _of_requests(interest, train, requests, fixed, params):

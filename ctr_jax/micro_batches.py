@@ -31,6 +31,13 @@ def parts_of(batch_size: int, micro_batch: int, shards: int) -> int:
     return parts
 
 
+def parts_of_any(batch_size: int, micro_batch: int, shards: int) -> int:
+    """The same of a batch of any size: one part where it does not divide, as live requests."""
+    if not micro_batch or batch_size % (micro_batch * shards):
+        return 1
+    return max(1, batch_size // (micro_batch * shards))
+
+
 def split(tree, parts: int, mesh: jax.sharding.Mesh):
     """[B, ...] leaves -> [N, B / N, ...], each part spread over the data axis like the batch."""
     shards = mesh.shape[DATA]

@@ -22,7 +22,7 @@ from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
 from ctr_jax.config import check, identity, scoring
 from ctr_jax.data import open_data
 from ctr_jax.evaluation import chosen
-from ctr_jax.features import DataSpec
+from ctr_jax.features import DataColumn, DataSpec
 
 
 def restore(
@@ -67,30 +67,96 @@ def request_batch(
 ) -> RequestBatch:
     """Requests to be scored, as a model takes them.
 
+    Ids are those of the data set's vocabularies (vocabularies/ beside its records, raw value ->
+    id), integers of any width: 1 is whatever a vocabulary does not have, 0 padding.
+
     Args:
       history: what `last_n` of a store gave: the behaviour columns, "time" and "mask", each [B, L].
-      time: [B] int32 seconds, the `before` that the store was asked with.
+      time: [B] integers, seconds: the `before` that the store was asked with.
       user, context: {column: [B]}. candidate: {column: [B, C]}; all are candidates.
     Raises:
-      ValueError: a column of the data set is missing.
+      ValueError: a column of the data set is missing or has another shape, an id is no integer or
+        outside its vocabulary, or a time is none in seconds, as int32. It names the column, and the
+        first value that is wrong with its place.
     """
     given = {"behaviour": history, "user": user, "context": context, "candidate": candidate}
-    types = {"id": np.int32, "dense": np.float32}
-    groups = {}
     for group, columns in given.items():
-        wanted = spec.group(group)
-        if missing := [c.name for c in wanted if c.name not in columns]:
+        if missing := [c.name for c in spec.group(group) if c.name not in columns]:
             raise ValueError(f"{group} columns {missing} of {spec.name!r} are missing")
-        groups[group] = {c.name: np.asarray(columns[c.name], types[c.kind]) for c in wanted}
-    shape = next(iter(groups["candidate"].values())).shape
-    number = np.arange(shape[0], dtype=np.int32)
+    if missing := [name for name in ("time", "mask") if name not in history]:
+        raise ValueError(f"the history has no {missing}; it is what last_n of a store gives")
+    mask, first = np.asarray(history["mask"]), spec.group("candidate")[0].name
+    for name, values, axes in (
+        ("time", time, "[B]"),
+        ("the history's mask", mask, "[B, L]"),
+        (f"candidate/{first}", candidate[first], "[B, C]"),
+    ):
+        if np.ndim(values) != axes.count(",") + 1:
+            raise ValueError(f"{name} has shape {np.shape(values)}, not {axes}")
+    if mask.dtype != bool:
+        raise ValueError(f"the history's mask must be bool, not {mask.dtype}")
+    requests = np.shape(time)
+    of_history, of_candidates = requests + mask.shape[1:], requests + np.shape(candidate[first])[1:]
+    shapes = {"behaviour": of_history, "candidate": of_candidates}
+    groups = {
+        group: {
+            c.name: _column(spec, c, columns[c.name], shapes.get(group, requests))
+            for c in spec.group(group)
+        }
+        for group, columns in given.items()
+    }
+    number = np.arange(*requests, dtype=np.int32)
     return RequestBatch(
         user_id=number,
         request_id=number,
-        request_time=np.asarray(time, np.int32),
-        behaviour_time=history["time"].astype(np.int32),
-        behaviour_mask=history["mask"],
-        candidate_mask=np.ones(shape, bool),
-        label=np.zeros(shape, np.float32),
+        request_time=_seconds("time", time, requests),
+        behaviour_time=_seconds("the history's time", history["time"], of_history),
+        behaviour_mask=_shaped("the history's mask", mask, of_history),
+        candidate_mask=np.ones(of_candidates, bool),
+        label=np.zeros(of_candidates, np.float32),
         **groups,
     )
+
+
+def _column(spec: DataSpec, column: DataColumn, values, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of a column as int32 ids or float32, or ValueError."""
+    name = f"{column.group}/{column.name}"
+    values = _shaped(name, values, shape)
+    if column.kind == "dense":
+        return values.astype(np.float32, copy=False)
+    rows = spec.vocabularies[column.vocabulary]
+    what = f"ids of vocabulary {column.vocabulary!r} are 0 to {rows - 1}, and 1 is unknown"
+    # Read as unsigned a negative id is a large one: one pass finds both.
+    if _integers(name, values, what).view(f"u{values.itemsize}").max(initial=0) >= rows:
+        _refuse(name, values, (values < 0) | (values >= rows), what)
+    return values.astype(np.int32, copy=False)
+
+
+def _seconds(name: str, values, shape: tuple[int, ...]) -> np.ndarray:
+    """Times as int32 seconds, or ValueError."""
+    values, what = _shaped(name, values, shape), "times are seconds, as int32"
+    if _integers(name, values, what).dtype == np.int32:
+        return values
+    limits = np.iinfo(np.int32)
+    wrong = (values < limits.min) | (values > limits.max)
+    if wrong.any():
+        _refuse(name, values, wrong, what)
+    return values.astype(np.int32, copy=False)
+
+
+def _shaped(name: str, values, shape: tuple[int, ...]) -> np.ndarray:
+    values = np.asarray(values)
+    if values.shape != shape:
+        raise ValueError(f"{name} has shape {values.shape}, not {shape}")
+    return values
+
+
+def _integers(name: str, values: np.ndarray, what: str) -> np.ndarray:
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"{name} is {values.dtype}: {what}")
+    return values
+
+
+def _refuse(name: str, values: np.ndarray, wrong: np.ndarray, what: str) -> None:
+    place = tuple(np.argwhere(wrong)[0].tolist())
+    raise ValueError(f"{name}{[*place]} is {values[place]}: {what}")

@@ -318,13 +318,22 @@ def _gradients(experiment: Experiment, has_statistics: bool) -> Callable:
 
 
 def score_step(experiment: Experiment) -> Callable:
-    """(weights, batch) -> logits [B, C], jitted; weights is the state less its optimizers."""
+    """(weights, batch) -> logits [B, C], jitted; weights is the state less its optimizers.
+
+    The batch may be of any size; with `config.micro_batch` one that divides goes in parts.
+
+    An id outside its vocabulary reads zeros or NaN, and one that no row of a table is for makes all
+    logits of the batch NaN where `embedding.takes_dense_path`: serving.request_batch refuses it.
+
+    Raises:
+      ConfigError: evaluation batches do not divide into micro-batches.
+    """
     config, mesh = experiment.config, experiment.mesh
-    parts = micro_batches.parts_of(
-        config.eval_batch_size, config.micro_batch, mesh.shape[sharding.DATA]
-    )
+    shards = mesh.shape[sharding.DATA]
+    micro_batches.parts_of(config.eval_batch_size, config.micro_batch, shards)
 
     def score(weights, batch):
+        parts = micro_batches.parts_of_any(batch.shape[0], config.micro_batch, shards)
         params = precision.rounded(weights["model"], config.dtype)
         variables = {"params": params, **weights["model_state"]}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctr_jax.batch import EmbeddedBatch
+from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from lrea_jax.serving import ServedModel, UserCache, precompute
 
 
@@ -34,6 +35,9 @@ class CacheStore:
     Users are any hashable ids; the host knows each one's row. Where calls come with many different
     numbers of users, round the number up (repeat a user in `lookup`), since each is a shape.
 
+    Threads: any may call any method, so that one refreshes while others serve; a `lookup` waits for
+    no refresh to be computed. Of two that refresh one user at a time the last to end stays.
+
     Args:
       model: whose caches are kept; those of other weights are refused.
       capacity: users; memory is capacity * bytes_per_user from the start.
@@ -46,6 +50,9 @@ class CacheStore:
         self._slots: dict = {}
         self._free = list(range(capacity - 1, -1, -1))
         self._fields: UserCache | None = None
+        # Of the three above. Writing donates the arrays, so that none may be read until the new
+        # ones are in their place.
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -56,9 +63,8 @@ class CacheStore:
     @property
     def bytes_per_user(self) -> int:
         """Of all fields, once something was inserted."""
-        if self._fields is None:
-            return 0
-        return sum(x.nbytes for x in jax.tree.leaves(self._fields)) // self.capacity
+        fields = self._fields
+        return sum(x.nbytes for x in jax.tree.leaves(fields)) // self.capacity
 
     def insert(self, users: Sequence, cache: UserCache) -> None:
         """Adds `users`, row u of `cache` being users[u].
@@ -66,28 +72,39 @@ class CacheStore:
         Raises:
           StaleCache: the cache was made by other weights.
           CacheFull: fewer rows are free than users given.
-          ValueError: a user is in the store already or is given twice.
+          ValueError: a user is in the store already or is given twice, or an array of the cache has
+            another number of rows, or other shapes or types than those that are kept.
+        Whatever is raised, nothing was inserted.
         """
-        if known := [u for u in users if u in self._slots]:
-            raise ValueError(f"users {known[:5]} are in the store already; use refresh")
-        self._check(users, cache)
-        if len(users) > len(self._free):
-            raise CacheFull(f"{len(users)} users for {len(self._free)} free rows")
-        slots = [self._free.pop() for _ in users]
-        self._slots.update(zip(users, slots, strict=True))
-        self._put(slots, cache)
+        with self._lock:
+            if known := [u for u in users if u in self._slots]:
+                raise ValueError(f"users {known[:5]} are in the store already; use refresh")
+            self._check(users, cache)
+            left = len(self._free) - len(users)
+            if left < 0:
+                raise CacheFull(f"{len(users)} users for {len(self._free)} free rows")
+            slots = self._free[left:]
+            self._put(slots, cache)
+            # Only now: a user whose rows could not be written would have those of another.
+            del self._free[left:]
+            self._slots.update(zip(users, slots, strict=True))
 
-    def refresh(self, users: Sequence, histories: EmbeddedBatch) -> None:
-        """Makes the caches of `users`, who must be there, again from their present histories.
+    def refresh(self, users: Sequence, histories: RequestBatch | EmbeddedBatch) -> None:
+        """Makes the caches of `users`, who must be there, again from their present histories,
+        as `precompute` takes them.
 
         Raises:
-          KeyError: a user is not in the store.
-          ValueError: a user is given twice.
+          KeyError: a user is not in the store, or was evicted meanwhile.
+          ValueError: a user is given twice, or the histories are not one for each.
+        Whatever is raised, all caches are as they were.
         """
-        slots = self._slots_of(users)
+        with self._lock:
+            self._slots_of(users)
         cache = precompute(self._model, histories)
-        self._check(users, cache)
-        self._put(slots, cache)
+        with self._lock:
+            slots = self._slots_of(users)
+            self._check(users, cache)
+            self._put(slots, cache)
 
     def evict(self, users: Sequence) -> None:
         """Forgets `users`; their rows are free again.
@@ -95,9 +112,10 @@ class CacheStore:
         Raises:
           KeyError: a user is not in the store; nothing is evicted.
         """
-        self._slots_of(users)
-        for user in dict.fromkeys(users):
-            self._free.append(self._slots.pop(user))
+        with self._lock:
+            self._slots_of(users)
+            for user in dict.fromkeys(users):
+                self._free.append(self._slots.pop(user))
 
     def lookup(self, users: Sequence) -> UserCache:
         """The caches of `users`, in their order, for `score`.
@@ -105,10 +123,11 @@ class CacheStore:
         Raises:
           KeyError: a user is not in the store.
         """
-        slots = self._slots_of(users)
-        if self._fields is None:
-            raise KeyError("the store is empty")
-        return _read(self._fields, jnp.asarray(slots, jnp.int32))
+        with self._lock:
+            slots = self._slots_of(users)
+            if self._fields is None:
+                raise KeyError("the store is empty")
+            return _read(self._fields, np.asarray(slots, np.int32))
 
     def _slots_of(self, users: Sequence) -> list[int]:
         if unknown := [u for u in users if u not in self._slots]:
@@ -119,8 +138,17 @@ class CacheStore:
         self._model.check(cache)
         if len(set(users)) != len(users):
             raise ValueError("a user is given twice")
-        if len(users) != len(cache.total):
-            raise ValueError(f"{len(users)} users for {len(cache.total)} rows of the cache")
+        kept = cache if self._fields is None else self._fields
+        pairs = zip(jax.tree.leaves_with_path(cache), jax.tree.leaves(kept), strict=True)
+        for (path, x), like in pairs:
+            name = jax.tree_util.keystr(path)
+            if len(users) != len(x):
+                raise ValueError(f"{len(users)} users for {len(x)} rows of the cache's {name}")
+            if (x.shape[1:], x.dtype) != (like.shape[1:], like.dtype):
+                raise ValueError(
+                    f"the cache's {name} is {x.dtype}{[*x.shape[1:]]} for a user, and "
+                    f"{like.dtype}{[*like.shape[1:]]} is kept"
+                )
 
     def _put(self, slots: list[int], cache: UserCache) -> None:
         if self._fields is None:

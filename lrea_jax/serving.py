@@ -1,7 +1,7 @@
 """Serving LREA from caches: the history is read at a refresh, never at a request (3.1, Fig. 1).
 
-    model = load(config, workdir)                      # or ServedModel(module, variables, name)
-    cache = precompute(model, model.embed(histories))  # O(L r d) per user
+    model = load(config, workdir)          # or ServedModel(module, variables, name)
+    cache = precompute(model, histories)   # O(L r d) per user
     logits = score(model, cache, model.embed(candidates))
 
 `score` computes what the absorbed training path computes, from C and E_aux alone: time and memory
@@ -25,11 +25,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ctr_jax import embedding
+from ctr_jax import embedding, precision, sharding
 from ctr_jax.batch import EmbeddedBatch, RequestBatch
 from ctr_jax.features import Column
 from ctr_jax.long_short import LongShort, Summary
 from ctr_jax.serving import restore
+from kernels import dispatch
 from kernels.absorbed_target_attention import Memory
 
 
@@ -56,18 +57,19 @@ class UserCache:
     weights: str = flax.struct.field(pytree_node=False)
 
 
-def name_of(run: str, step: int, data_hash: str, weights: Any) -> str:
-    """ "run:step:data hash:digest of the weights", so that a run id used twice is noticed too.
+def name_of(run: str, step: int, data_hash: str, weights: Any, dtype: str = "float32") -> str:
+    """ "run:step:data hash:dtype:digest of the weights", so that a run id used twice is noticed.
 
     Args:
       weights: all that a cache is made of: the model's variables, and the tables that embed.
+      dtype: config.dtype, what it is computed in.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(weights):
         digest.update(jax.tree_util.keystr(path).encode())
         # As bytes in place: of a large table there is no second copy on the host.
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8))
-    return f"{run}:{step}:{data_hash[:12]}:{digest.hexdigest()[:12]}"
+    return f"{run}:{step}:{data_hash[:12]}:{dtype}:{digest.hexdigest()[:12]}"
 
 
 class ServedModel:
@@ -77,7 +79,11 @@ class ServedModel:
       module: what lrea_jax.model.build returned.
       variables: {"params", "batch_stats"}.
       name: from `name_of`.
-      tables, columns: for `embed`; left out where vectors come from elsewhere.
+      tables, columns: what embeds; left out where vectors come from elsewhere.
+      dtype, kernels: as config.dtype and config.kernels, which evaluation scores by.
+    Raises:
+      ConfigError: no such dtype.
+      CannotRun: `kernels` names kernels that the devices do not have.
     """
 
     def __init__(
@@ -88,31 +94,54 @@ class ServedModel:
         *,
         tables: dict[str, jax.Array] | None = None,
         columns: tuple[Column, ...] = (),
+        dtype: str = "float32",
+        kernels: str = "auto",
     ):
+        dispatch.check(kernels)
         self.module = module.clone(long=module.long.clone(path="absorbed"))
-        self.variables, self.name = variables, name
+        self.variables = {**variables, "params": precision.rounded(variables["params"], dtype)}
+        self.name, self.dtype, self.kernels = name, dtype, kernels
         self.tables, self.columns = tables, columns
         # Bound here, so that one model compiles each shape once.
-        self._embed = jax.jit(self._embed_rows)
-        self._summary = jax.jit(self._apply("summary"))
+        self._embed = jax.jit(self._embedded)
+        self._summary = jax.jit(self._summarised)
         self._score = jax.jit(self._apply("score"))
         self._interest = jax.jit(self._apply("interest"))
 
     def _apply(self, method: str):
-        return lambda variables, *args: self.module.apply(variables, *args, method=method)
+        def apply(variables, summary, candidates):
+            if isinstance(candidates, EmbeddedBatch):
+                candidates = self._rounded(candidates)
+            with dispatch.scope(self.kernels, sharding.BATCH_AXES):
+                return self.module.apply(variables, summary, candidates, method=method)
 
-    def _embed_rows(self, tables, batch):
-        plan = embedding.lookup_ids(self.columns, batch, tables)
-        return embedding.embed(embedding.gather_rows(tables, plan), plan, self.columns, batch)
+        return apply
+
+    def _summarised(self, variables, tables, histories):
+        if isinstance(histories, RequestBatch):
+            columns = [c for c in self.columns if c.group == "behaviour"]
+            histories = self._embedded(tables, histories, columns, as_rows=True)
+        # Nothing in it has kernels to choose.
+        return self.module.apply(variables, self._rounded(histories), method="summary")
+
+    def _embedded(self, tables, batch, columns=None, as_rows=False):
+        if tables is None:
+            raise ValueError("this ServedModel has no tables: embed elsewhere, or pass tables=")
+        columns = self.columns if columns is None else columns
+        plan = embedding.lookup_ids(columns, batch, tables)
+        rows = embedding.gather_rows(tables, plan)
+        return self._rounded(embedding.embed(rows, plan, columns, batch, as_rows=as_rows))
+
+    def _rounded(self, embedded):
+        vectors, rows = precision.rounded((embedded.vectors, embedded.rows), self.dtype)
+        return embedded.replace(vectors=vectors, rows=rows)
 
     def embed(self, batch: RequestBatch) -> EmbeddedBatch:
-        """The vectors of a batch's columns, from the model's own tables.
+        """The vectors of a batch's columns, from the model's own tables, in its dtype.
 
         Raises:
           ValueError: the model was made without tables.
         """
-        if self.tables is None:
-            raise ValueError("this ServedModel has no tables: embed elsewhere, or pass tables=")
         return self._embed(self.tables, batch)
 
     def check(self, cache: UserCache) -> None:
@@ -124,12 +153,18 @@ class ServedModel:
             )
 
 
-def precompute(model: ServedModel, history: EmbeddedBatch) -> UserCache:
-    """Caches of U users from their histories; one row of `history` is one user, candidates unused.
+def precompute(model: ServedModel, histories: RequestBatch | EmbeddedBatch) -> UserCache:
+    """Caches of U users from their histories; a row is a user, and only behaviours are read.
 
-    Costs O(L r d) per user; memory is that of the tokens [U, L, d].
+    Costs O(L r d) per user. Of a RequestBatch, which the model embeds in the same computation,
+    memory is that of the tokens [U, L, d], and of the behaviours' vectors where
+    `embedding.reads_rows` does not hold; of an EmbeddedBatch, for vectors from elsewhere, those
+    are there already.
+
+    Raises:
+      ValueError: a RequestBatch, and the model was made without tables.
     """
-    summary = model._summary(model.variables, history)
+    summary = model._summary(model.variables, model.tables, histories)
     long = summary.long
     return UserCache(long.keys, long.values, long.total, summary.recent, weights=model.name)
 
@@ -177,7 +212,14 @@ def load(config: ConfigDict, workdir: str | Path, step: int | None = None) -> Se
     """The weights of a training run, ready to serve; arguments and errors as of `restore`."""
     experiment, weights, at = restore(config, workdir, step)
     variables = {"params": weights["model"], **weights["model_state"]}
-    name = name_of(config.name or Path(workdir).name, at, experiment.spec.content_hash, weights)
+    run, data_hash = config.name or Path(workdir).name, experiment.spec.content_hash
+    name = name_of(run, at, data_hash, weights, config.dtype)
     return ServedModel(
-        experiment.model, variables, name, tables=weights["tables"], columns=experiment.columns
+        experiment.model,
+        variables,
+        name,
+        tables=weights["tables"],
+        columns=experiment.columns,
+        dtype=config.dtype,
+        kernels=config.kernels,
     )

@@ -19,6 +19,7 @@ from kernels.segmented_target_attention.reference import wide_einsum
 from kernels.softmax import accumulation_dtype, masked_softmax, widened
 
 FEW = 4  # queries of a request, of all heads and candidates
+MOST_UNROLLED = 64  # behaviours of a segment: of 500, compiling would take seconds
 
 
 def pooled_sums(
@@ -92,7 +93,11 @@ def _weighted(gates, x, segment):
     """gates [B, M, L], x [B, L, d] -> sums over segments [B, M, S, d], in one pass."""
     b, length, d = x.shape
     gates, rows = _in_segments(gates, segment), x.reshape(b, 1, -1, segment, d)
-    return sum(gates[..., i, None] * rows[..., i, :] for i in range(segment)).astype(x.dtype)
+    if segment > MOST_UNROLLED:
+        sums = wide_einsum("bmsw,bswd->bmsd", gates, rows[:, 0], gates.dtype)
+    else:
+        sums = sum(gates[..., i, None] * rows[..., i, :] for i in range(segment))
+    return sums.astype(x.dtype)
 
 
 def _gates(scores, mask, segment, activation):

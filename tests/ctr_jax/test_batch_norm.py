@@ -1,6 +1,9 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ctr_jax.batch_norm import MaskedBatchNorm
 
@@ -11,21 +14,23 @@ def data(seed=0):
     return x, rng.random((4, 5)) < 0.6
 
 
-def test_statistics_run_over_valid_positions_only():
+@pytest.mark.parametrize("dtype, within", [(np.float32, 1e-5), (np.float64, 1e-12)])
+def test_statistics_run_over_valid_positions_only(dtype, within):
     x, mask = data()
+    x = x.astype(dtype)
     valid = x[mask].astype(np.float64)
     x[~mask] = np.nan  # whatever a masked position holds must not reach the statistics
     norm = MaskedBatchNorm(momentum=0.8, eps=1e-5)
-    variables = norm.init(jax.random.key(0), x, mask, train=True)
-    out, new = norm.apply(variables, x, mask, train=True, mutable=["batch_stats"])
-    expected = (valid - valid.mean(0)) / np.sqrt(valid.var(0) + 1e-5)
-    np.testing.assert_allclose(out[mask], expected, rtol=1e-5, atol=1e-5)
-    stats = new["batch_stats"]
-    np.testing.assert_allclose(stats["mean"], 0.2 * valid.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(stats["variance"], 0.8 + 0.2 * valid.var(0), rtol=1e-5)
-    evaluated = norm.apply(new | {"params": variables["params"]}, x, mask, train=False)
-    expected = (valid - stats["mean"]) / np.sqrt(np.asarray(stats["variance"]) + 1e-5)
-    np.testing.assert_allclose(evaluated[mask], expected, rtol=1e-5, atol=1e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=within, atol=within)
+    with jax.enable_x64(dtype == np.float64):
+        variables = norm.init(jax.random.key(0), x, mask, train=True)
+        out, new = norm.apply(variables, x, mask, train=True, mutable=["batch_stats"])
+        evaluated = norm.apply(new | {"params": variables["params"]}, x, mask, train=False)
+    close(out[mask], (valid - valid.mean(0)) / np.sqrt(valid.var(0) + 1e-5))
+    stats = jax.tree.map(np.asarray, new["batch_stats"])
+    close(stats["mean"], 0.2 * valid.mean(0))
+    close(stats["variance"], 0.8 + 0.2 * valid.var(0))
+    close(evaluated[mask], (valid - stats["mean"]) / np.sqrt(stats["variance"] + 1e-5))
 
 
 def test_an_empty_batch_moves_nothing():

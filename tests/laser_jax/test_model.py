@@ -13,6 +13,7 @@ from ctr_jax.history_model import Tokens
 from kernels.segmented_target_attention import segmented_target_attention
 from laser_jax import model
 from laser_jax.fusion import masked_max, per_token_product
+from laser_jax.recency import age_buckets
 from laser_jax.segmented import SegmentedTargetAttention
 from tests.laser_jax import reference
 from tests.lrea_jax.cases import SPEC, batch_of, changed
@@ -135,6 +136,22 @@ def test_pooled_sums_equal_the_loop_over_segments(s, w, c, gate, seed):
     np.testing.assert_allclose(pooled, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_long_segment_is_not_unrolled():
+    """Its sums are one product, equal to the same behaviours' in short segments."""
+    rng = np.random.default_rng(0)
+    query, x = rng.normal(size=(2, 1, 2, 3)), rng.normal(size=(2, 400, 1, 3))
+    mask, bias = rng.random((2, 400)) < 0.7, rng.normal(size=2)
+
+    def sums(segment):
+        how = dict(segment=segment, activation="sigmoid", scale=1)
+        return lambda x: segmented_target_attention(query, x, None, mask, bias, **how).sum(2)
+
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(sums(200)(x), sums(10)(x), rtol=1e-12, atol=1e-12)
+        counts = [len(jax.make_jaxpr(sums(w))(x).pretty_print().splitlines()) for w in (200, 400)]
+    assert max(counts) < 100
+
+
 @settings(derandomize=True, deadline=None, max_examples=20)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**32))
 def test_the_largest_segment_of_each_width_takes_the_gradient(c, s, seed):
@@ -198,6 +215,27 @@ def test_both_orders_agree_in_values_and_gradients():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), *results)
 
 
+def test_gates_start_at_one_over_the_segment_and_the_ffn_at_zero():
+    t = tokens()
+    for pool, start in (("sum", -np.log(4)), ("mean", 0.0)):
+        module = sta(pool=pool)
+
+        def init(rng, module=module):
+            both = lambda m, x, mask, q: m(q, m.history(x, mask, 3))  # noqa: E731
+            return module.init(rng, t.behaviours, t.batch.behaviour_mask, t.candidates, method=both)
+
+        params = jax.jit(init)(jax.random.key(0))["params"]
+        np.testing.assert_allclose(params["bias"], [start, start], rtol=1e-6)
+        assert not np.asarray(params["ffn_out"]["kernel"]).any()
+        assert np.asarray(params["ffn_in"]["kernel"]).any()
+
+
+def test_behaviours_at_and_after_the_request_have_the_first_bucket():
+    ages = np.array([[-(2**20), -5, 0, 1, 2, 2**20 - 1, 2**20]], np.int32)
+    buckets = age_buckets(np.array([NOW], np.int32), NOW - ages)
+    assert buckets.tolist() == [[0, 0, 0, 0, 1, 19, 20]]
+
+
 def test_the_cheaper_order_is_taken():
     module = SegmentedTargetAttention()  # the paper's size
     assert module.per_candidate(1000, 1)
@@ -253,6 +291,25 @@ def built(config, **kwargs):
     )
     variables = weights(module, embedded, False)
     return module, variables, embedded
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_no_history_is_a_history_of_padding(rows):
+    """Of a model that has its parameters from longer ones, with vectors or rows and slots."""
+    module, variables, embedded = built(small(short_length=3), lengths=(0, 0))
+    none = batch_of(module.columns, length=0, lengths=(0, 0))
+    none = none.replace(batch=none.batch.replace(request_time=embedded.batch.request_time))
+    others = {k: x for k, x in embedded.vectors.items() if not k.startswith("behaviour/")}
+    of_behaviours = {k: x for k, x in none.vectors.items() if k.startswith("behaviour/")}
+    if rows:
+        tables = {k: np.ones((9, x.shape[-1]), np.float32) for k, x in of_behaviours.items()}
+        slots = {k: np.zeros((2, 0), np.int32) for k in of_behaviours}
+        none = none.replace(vectors=others, rows=tables, slots=slots)
+    else:
+        none = none.replace(vectors=others | of_behaviours)
+    apply = jax.jit(lambda v, x: module.apply(v, x, False)[0])
+    expected = apply(variables, embedded)
+    np.testing.assert_allclose(apply(variables, none), expected, rtol=1e-5, atol=1e-5)
 
 
 CHANGES = {

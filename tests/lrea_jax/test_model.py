@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from baselines_jax import din_long
 from ctr_jax.long_short import NormalisedHead
 from lrea_jax import low_rank, model
+from tests.ctr_jax.test_serving import first_batch, saved
 from tests.ctr_jax.test_training import final_state
 from tests.kernels.cases import sizes
 from tests.lrea_jax import reference
@@ -121,13 +122,24 @@ def test_batch_statistics_run_and_are_used():
         valid = hidden[mask]
         logits, state = head.apply(variables, x, mask, True, mutable=["batch_stats"])
         want = (hidden - valid.mean(0)) / np.sqrt(valid.var(0) + 1e-3) @ p["logit"]["kernel"]
-        np.testing.assert_allclose(logits, want[..., 0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(logits, want[..., 0], rtol=1e-12, atol=1e-12)
         stats = state["batch_stats"]["norm_0"]
-        np.testing.assert_allclose(stats["mean"], 0.2 * valid.mean(0), rtol=1e-5)
-        np.testing.assert_allclose(stats["variance"], 0.8 + 0.2 * valid.var(0), rtol=1e-5)
+        np.testing.assert_allclose(stats["mean"], 0.2 * valid.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(stats["variance"], 0.8 + 0.2 * valid.var(0), rtol=1e-12)
         logits = head.apply({**variables, **state}, x, mask, False)
         used = (hidden - np.asarray(stats["mean"])) / np.sqrt(np.asarray(stats["variance"]) + 1e-3)
-        np.testing.assert_allclose(logits, (used @ p["logit"]["kernel"])[..., 0], rtol=1e-5)
+        np.testing.assert_allclose(logits, (used @ p["logit"]["kernel"])[..., 0], rtol=1e-12)
+
+
+def test_a_request_without_candidates_is_not_in_the_loss():
+    module, variables, embedded, _ = built(small())
+    mask = embedded.batch.candidate_mask.copy()
+    mask[2], mask[0, 1] = False, False  # a request with some of its candidates is
+    filled = embedded.replace(batch=embedded.batch.replace(candidate_mask=mask))
+    losses = jax.jit(lambda x: module.apply(variables, x, False)[1]["losses"]["non_negativity"])
+    others = losses(changed(embedded, [0, 1, 3, 4]))
+    np.testing.assert_allclose(losses(filled), others, rtol=1e-6)
+    assert abs(losses(embedded) - others) > 1e-3
 
 
 @pytest.mark.parametrize("changes", list(VARIANTS.values())[:2], ids=list(VARIANTS)[:2])
@@ -188,6 +200,25 @@ def test_trains_and_keeps_its_statistics(lrea_config, tmp_path):
     assert np.abs(stats["mean"]).max() > 0 and (np.asarray(stats["variance"]) != 1).all()
     assert served.name.startswith("small:6:") and served.name == load(lrea_config, tmp_path, 6).name
     assert served.name != load(lrea_config, tmp_path, 3).name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_served_is_what_evaluation_scores(lrea_config, dtype, tmp_path):
+    from ctr_jax import steps
+    from lrea_jax import serving
+
+    lrea_config.dtype, lrea_config.model.training_path = dtype, "absorbed"
+    lrea_config.kernels = "xla"
+    batch = first_batch(lrea_config, saved(lrea_config, tmp_path))
+    experiment, weights, _ = serving.restore(lrea_config, tmp_path)
+    with jax.set_mesh(experiment.mesh):
+        expected = np.asarray(steps.score_step(experiment)(weights, batch))
+    model = serving.load(lrea_config, tmp_path)
+    cache = serving.precompute(model, batch)
+    assert {x.dtype for x in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
+    assert f":{dtype}:" in model.name and model.kernels == "xla"
+    got = serving.score(model, cache, model.embed(batch))
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
 
 
 def test_a_cache_is_of_the_tables_that_embedded_it(lrea_config, tmp_path, monkeypatch):

@@ -1,16 +1,24 @@
 """Serving from caches: equal to the absorbed training path, refused when stale, kept by user."""
 
+import threading
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctr_jax import embedding
+from ctr_jax.features import table_shapes
+from ctr_jax.steps import empty_batch
+from kernels import dispatch
+from lrea_jax import cache_store
 from lrea_jax.cache_store import CacheFull, CacheStore
 from lrea_jax.serving import ServedModel, StaleCache, long_interest, name_of, precompute, score
 from tests.kernels.cases import sizes
 from tests.lrea_jax import reference
-from tests.lrea_jax.cases import B, C, applied, batch_of, built, changed, double, small
+from tests.lrea_jax.cases import SPEC, B, C, applied, batch_of, built, changed, double, small
 
 ALL = {
     f"{path}, {form}, {kind}": {"training_path": path, "form": form, "parametrisation": kind}
@@ -116,6 +124,43 @@ def test_scoring_does_not_see_the_history_s_length(served):
     assert max(sizes(attention.jaxpr)) <= candidates * rank < candidates * rank * hidden
 
 
+def test_histories_are_embedded_where_they_are_summarised():
+    """To the same caches, with no vectors [U, L, width] of the behaviours on the way."""
+    length, users = 600, 2  # a table is small for so many ids
+    module, variables, _, columns = built(small(long_length=length - 3))
+    tables = embedding.init_tables(jax.random.key(0), table_shapes(columns, SPEC), scale=1.0)
+    model = ServedModel(module, variables, "w", tables=tables, columns=columns)
+    batch = empty_batch(SPEC, users, length)
+    rng, mask = np.random.default_rng(0), np.arange(length) >= np.array([[0], [250]])
+    ids = {name: rng.integers(1, 9, (users, length)) * mask for name in ("item", "type")}
+    batch = batch.replace(behaviour=ids, behaviour_mask=mask)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        precompute(model, batch),
+        precompute(model, model.embed(batch)),
+    )
+    jaxpr = jax.make_jaxpr(lambda batch: precompute(model, batch))(batch)
+    assert max(sizes(jaxpr.jaxpr)) <= users * length * 4 < users * length * 2 * 3
+    store = CacheStore(model, users)
+    store.insert("ab", precompute(model, batch.replace(behaviour_mask=mask & False)))
+    store.refresh("ab", batch)
+    jax.tree.map(np.testing.assert_array_equal, store.lookup("ab"), precompute(model, batch))
+    with pytest.raises(ValueError, match="no tables"):
+        precompute(ServedModel(module, variables, "w"), batch)
+
+
+def test_kernels_are_those_that_are_named(served, monkeypatch):
+    model, embedded, _ = served
+    with pytest.raises(dispatch.CannotRun, match="pallas"):
+        ServedModel(model.module, model.variables, "w", kernels="pallas")
+    named, scope = [], dispatch.scope
+    monkeypatch.setattr(dispatch, "scope", lambda *how: named.append(how[0]) or scope(*how))
+    other = ServedModel(model.module, model.variables, model.name, kernels="xla")
+    cache = jax.eval_shape(lambda x: precompute(other, x), embedded)
+    jax.eval_shape(lambda c, x: score(other, c, x), cache, embedded)
+    assert named == ["xla"]
+
+
 def test_caches_of_other_weights_are_refused(served):
     model, embedded, _ = served
     cache = precompute(model, embedded)
@@ -218,3 +263,72 @@ def test_the_store_holds_one_array_per_field_and_scores(served):
     for users in ([1, 1], [1, 2]):
         with pytest.raises(ValueError):
             store.insert(users, rows(cache, [0]))
+
+
+def test_a_user_given_twice(served):
+    model, embedded, _ = served
+    store = CacheStore(model, 2)
+    store.insert("ab", rows(precompute(model, embedded), [0, 1]))
+    before = store.lookup("ab")
+    with pytest.raises(ValueError, match="given twice"):
+        store.refresh("aa", changed(embedded, [2, 3]))
+    jax.tree.map(np.testing.assert_array_equal, store.lookup("ab"), before)
+    store.evict("aa")  # forgets once: one row is free, not two
+    store.insert("c", rows(precompute(model, embedded), [2]))
+    with pytest.raises(CacheFull):
+        store.insert("d", rows(precompute(model, embedded), [3]))
+    jax.tree.map(np.testing.assert_array_equal, store.lookup("b"), rows(before, [1]))
+
+
+def test_what_could_not_be_inserted_is_not_there(served, monkeypatch):
+    """Else a user would have the cache of whoever had the row before."""
+    model, embedded, _ = served
+    alice = jax.tree.map(np.asarray, rows(precompute(model, embedded), [0]))
+    store = CacheStore(model, 1)
+
+    def no_room(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(jnp, "zeros", no_room)
+        store.insert(["alice"], alice)
+    store.insert(["alice"], alice)
+    store.evict(["alice"])
+    for name, bad, match in (
+        ("recent", alice.recent[:, :2], r"\.recent is float32\[2, 4\] for a user"),
+        ("compressed", alice.compressed[[0, 0]], r"1 users for 2 rows of the cache's \.compressed"),
+        ("total", alice.total.astype(np.float16), r"\.total is float16\[4\] for a user"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            store.insert(["bob"], alice.replace(**{name: bad}))
+        assert "bob" not in store and len(store) == 0
+        with pytest.raises(KeyError):
+            store.lookup(["bob"])
+    store.insert(["bob"], rows(precompute(model, embedded), [2]))
+
+
+def test_users_are_looked_up_while_a_thread_writes(served, monkeypatch):
+    """Between the donation of the arrays and their new ones in place nothing may read them."""
+    model, embedded, _ = served
+    store = CacheStore(model, B)
+    store.insert(range(B), precompute(model, embedded))
+    longer = batch_of(served[2], seed=5)
+    fresh, write, writing = precompute(model, longer), cache_store._write, threading.Event()
+
+    def slow(*arguments):
+        new = write(*arguments)
+        writing.set()
+        looking.join(0.3)  # it must wait for the arrays: it cannot be done
+        return new
+
+    found = []
+    monkeypatch.setattr(cache_store, "_write", slow)
+    looking = threading.Thread(target=lambda: writing.wait() and found.append(store.lookup([1, 2])))
+    looking.start()
+    store.refresh([2], rows(longer, [2]))
+    looking.join()
+    (got,) = found
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        rows(got, [1]), rows(fresh, [2]),
+    )  # fmt: skip
