@@ -76,6 +76,9 @@ def base_config() -> ConfigDict:
     config.data.prepared_dir = "prepared"
     config.data.on_bad_row = "raise"
     config.data.memory_limit = "1GB"  # DuckDB's, while preparing; does not change the data set
+    # Directory of a prepared data set whose vocabularies are taken as they are: a new day of a log,
+    # for a model that is there already (docs/training.md). "" = fit them.
+    config.data.vocabularies_from = ""
     config.data.threads = 0  # of the preparation; 0 = all cores
     # {vocabulary: rows} for plans made where the data set is not (train.py --plan).
     config.expected_rows = ConfigDict()

@@ -1,0 +1,136 @@
+"""A log that has grown by a day: given vocabularies, yesterday's model on it, a warm start."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from ctr_jax.data import open_data
+from ctr_jax.data.errors import DataError
+from ctr_jax.data.prepare import prepare
+from ctr_jax.features import DataSpec
+
+DAY = 86400
+END, NEW_ITEM = 1_000_000_000 + 20 * DAY, 1000
+
+
+@pytest.fixture(scope="module")
+def grown_log(small_log, tmp_path_factory):
+    """small_log with a day more: half of its events of new items, some of a new user."""
+    directory = tmp_path_factory.mktemp("grown_log")
+    old = pq.read_table(small_log / "events.parquet")
+    rng, rows = np.random.default_rng(1), 200
+    item = np.where(rng.random(rows) < 0.5, rng.integers(0, 40, rows), NEW_ITEM)
+    time = END + np.sort(rng.integers(0, DAY, rows))
+    new = dict(user=rng.integers(0, 81, rows), item=item, category=item % 4,
+               rating=rng.integers(1, 6, rows), ts=time)  # fmt: skip
+    pq.write_table(pa.concat_tables([old, pa.table(new)]), directory / "events.parquet")
+    shutil.copy(small_log / "users.parquet", directory)
+    return directory
+
+
+@pytest.fixture
+def first_day(small_config):
+    """small_config with every kind of column."""
+    data = small_config.data
+    data.candidate["weight"], data.behaviour["stars"] = "ts % 97", "rating"
+    data.kinds = {"candidate/weight": "standard", "behaviour/stars": "quantile"}
+    data.buckets = 4
+    return small_config
+
+
+@pytest.fixture
+def next_day(first_day, grown_log):
+    """The page of the day after, its vocabularies those of the first."""
+    config = first_day.copy_and_resolve_references()
+    config.data.raw_dir = str(grown_log)
+    config.data.train, config.data.test = f"ts < {END}", f"ts >= {END}"
+    config.data.vocabularies_from = str(prepare(first_day.data))
+    return config
+
+
+def all_of(config, split):
+    """(raw item, batch) of a split's requests, in its order."""
+    requests = open_data(config).split(split)
+    batch = requests.read(np.arange(len(requests)), config.history_length)
+    events = pq.read_table(f"{config.data.raw_dir}/events.parquet")
+    events = events.filter(pc.greater_equal(events["ts"], END))
+    order = np.lexsort([events["user"].to_numpy(), events["ts"].to_numpy()])
+    return events["item"].to_numpy()[order], batch
+
+
+def test_known_values_keep_their_ids_and_new_ones_are_out_of_vocabulary(first_day, next_day):
+    old, new = open_data(first_day), open_data(next_day)
+    assert new.spec.encoding == old.spec.encoding and new.spec.encoding_hash
+    assert new.spec.vocabularies == old.spec.vocabularies
+    assert new.spec.content_hash != old.spec.content_hash
+    for path in (old.path / "vocabularies").iterdir():
+        assert pq.read_table(new.path / "vocabularies" / path.name) == pq.read_table(path)
+    reports = [json.loads((data.path / "report.json").read_text()) for data in (old, new)]
+    standardised = [report["standardised (mean, scale)"] for report in reports]
+    assert standardised[0] == standardised[1] and "known" not in reports[0]
+    assert reports[1]["known"]["item"] == 1.0  # of what would be fitted on, the days before
+
+    items = pq.read_table(old.path / "vocabularies" / "item.parquet")
+    id_of = dict(zip(items["value"].to_pylist(), items["id"].to_pylist(), strict=True))
+    raw, batch = all_of(next_day, "test")
+    found = batch.candidate["item"][:, 0].tolist()
+    assert found == [id_of.get(item, 1) for item in raw] and NEW_ITEM in raw
+    assert 1 in batch.behaviour["item"]  # of histories too
+
+    # Fitted anew, the same values have other ids.
+    next_day.data.vocabularies_from = ""
+    anew = open_data(next_day).spec
+    assert anew.encoding["vocabularies"]["item"] != old.spec.encoding["vocabularies"]["item"]
+    assert anew.encoding["columns"] == old.spec.encoding["columns"]
+
+
+def test_a_data_set_is_what_its_vocabularies_hold_not_where_they_lie(next_day, tmp_path):
+    given = next_day.data.vocabularies_from
+    path = prepare(next_day.data)
+    next_day.data.vocabularies_from = str(shutil.copytree(given, tmp_path / "elsewhere"))
+    assert prepare(next_day.data) == path
+    next_day.data.vocabularies_from = str(path)  # the day after that takes them from this one
+    assert prepare(next_day.data) == path
+    next_day.data.vocabularies_from = ""
+    assert prepare(next_day.data) != path
+
+
+def test_more_vocabularies_than_needed_are_fine_and_other_columns_named(next_day, tmp_path):
+    data = next_day.data
+    del data.candidate["category"]
+    fewer = DataSpec.load(prepare(data) / "spec.json")
+    assert "category" in fewer.vocabularies  # of the behaviours
+    data.candidate["shop"] = "category"
+    data.kinds = {"candidate/weight": "quantile"}
+    data.vocabularies = {"behaviour/category": "kind"}
+    with pytest.raises(DataError) as error:
+        prepare(data)
+    for says in (
+        "no column 'candidate/shop'",
+        "'candidate/weight' is, there and here, 'standard' and 'quantile' weight",
+        "'behaviour/stars' is, there and here, 'quantile' stars and 'id' stars",
+        "'behaviour/category' is, there and here, 'id' category and 'id' kind",
+    ):
+        assert says in str(error.value)
+    data.vocabularies_from = str(tmp_path / "none")
+    with pytest.raises(DataError, match="none: no directory of a prepared data set"):
+        prepare(data)
+
+
+def test_numbers_and_texts_that_are_written_alike_are_one_value(next_day):
+    wanted = all_of(next_day, "test")[1].candidate["item"]
+    encoding = open_data(next_day).spec.encoding
+    columns = ("candidate", "behaviour")
+    for column in columns:
+        next_day.data[column]["item"] = "CAST(item AS VARCHAR)"
+    np.testing.assert_array_equal(all_of(next_day, "test")[1].candidate["item"], wanted)
+    assert open_data(next_day).spec.encoding == encoding
+    for column in columns:  # 7.0 is not 7: none would be known
+        next_day.data[column]["item"] = "CAST(item AS DOUBLE)"
+    with pytest.raises(DataError, match="'item' there is of whole numbers.* fractions or texts"):
+        prepare(next_day.data)
