@@ -69,7 +69,7 @@ def _train(
 
     # --- restore: own checkpoint, else from scratch
     checkpoints = Checkpoints(workdir, keep_last=config.keep_last, best_metric=config.best_metric)
-    whoami = identity(config, data.spec.content_hash)
+    whoami = identity(config, data.spec.content_hash, data.spec.encoding)
     state = checkpoints.restore_newest(steps.state_shapes(experiment), whoami, anyway=resume_anyway)
     if state is not None:
         logging.info("resumed %s at step %d", workdir, int(state["step"]))
@@ -85,7 +85,8 @@ def _train(
         checkpoints.forget_measures(start)
         if start < total:
             done_path.unlink(missing_ok=True)
-        about = {"data_hash": data.spec.content_hash, "resolved_total": total}
+        about = {"data_hash": data.spec.content_hash, "encoding_hash": data.spec.encoding_hash}
+        about |= {"resolved_total": total}
         write_json(about_path, {**config.to_dict(), **about})
     _describe(state, len(requests), start, total, mesh)
 

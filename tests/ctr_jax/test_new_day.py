@@ -3,16 +3,22 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from ctr_jax import evaluation, serving, sharding, steps
+from ctr_jax.checkpoints import Checkpoints, ConfigMismatch, refuse_mismatch
+from ctr_jax.config import identity, scoring
 from ctr_jax.data import open_data
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.prepare import prepare
+from ctr_jax.evaluation import evaluate
 from ctr_jax.features import DataSpec
+from ctr_jax.training import train
 
 DAY = 86400
 END, NEW_ITEM = 1_000_000_000 + 20 * DAY, 1000
@@ -51,6 +57,18 @@ def next_day(first_day, grown_log):
     config.data.train, config.data.test = f"ts < {END}", f"ts >= {END}"
     config.data.vocabularies_from = str(prepare(first_day.data))
     return config
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def yesterday(first_day, runs):
+    """The workdir of a run on the first day; trained once."""
+    train(first_day, runs / "yesterday")
+    return runs / "yesterday"
 
 
 def all_of(config, split):
@@ -134,3 +152,76 @@ def test_numbers_and_texts_that_are_written_alike_are_one_value(next_day):
         next_day.data[column]["item"] = "CAST(item AS DOUBLE)"
     with pytest.raises(DataError, match="'item' there is of whole numbers.* fractions or texts"):
         prepare(next_day.data)
+
+
+def logits_of(config, workdir, data, split):
+    """{(user, time): logit} of a split, by the newest checkpoint."""
+    mesh = sharding.make_mesh(1, 1)
+    with jax.set_mesh(mesh):
+        experiment, weights, _ = serving.restore(config, workdir, step=6)
+        score = steps.score_step(experiment)
+        scores = evaluation.score_split(config, data, split, mesh, score, weights).columns()
+    requests = data.split(split)
+    batch = requests.read(np.arange(len(requests)), 1)
+    keys = zip(batch.user_id.tolist(), batch.request_time.tolist(), strict=True)
+    return dict(zip(keys, scores["logits"].tolist(), strict=True))
+
+
+def test_yesterdays_model_on_todays_data(first_day, next_day, yesterday):
+    old, new = open_data(first_day), open_data(next_day)
+    measured = Checkpoints(yesterday, read_only=True).metrics(6)
+    results = evaluate(next_day, yesterday, step=6, splits=("valid", "test"))
+    assert results["test"]["count"] == len(new.split("test"))
+    assert results["test"]["data_hash"] == new.spec.content_hash
+    assert results["test"]["encoding_hash"] == old.spec.encoding_hash
+    # What chooses a checkpoint stays that of its own data.
+    assert Checkpoints(yesterday, read_only=True).metrics(6) == measured
+    today = {**logits_of(next_day, yesterday, new, "train"),
+             **logits_of(next_day, yesterday, new, "valid")}  # fmt: skip
+    before = logits_of(first_day, yesterday, old, "test")
+    both = before.keys() & today.keys()
+    assert len(both) > 300
+    np.testing.assert_allclose([today[k] for k in both], [before[k] for k in both], rtol=1e-6)
+
+
+def test_data_of_other_vocabularies_are_refused(next_day, yesterday):
+    next_day.data.vocabularies_from = ""
+    says = r"encoding.vocabularies.item: checkpoint"
+    for refused in (
+        lambda: evaluate(next_day, yesterday, step=6),
+        lambda: serving.restore(next_day, yesterday),
+        lambda: train(next_day, yesterday),
+        lambda: train(next_day, yesterday, resume_anyway=True),
+    ):
+        with pytest.raises(ConfigMismatch, match=says):
+            refused()
+
+
+def test_resuming_on_other_data_of_the_same_vocabularies(next_day, yesterday, tmp_path):
+    workdir = shutil.copytree(yesterday, tmp_path / "run")
+    next_day.total_steps = 8
+    with pytest.raises(ConfigMismatch, match="data: checkpoint") as error:
+        train(next_day, workdir)
+    assert "encoding" not in str(error.value)
+    assert train(next_day, workdir, resume_anyway=True)["step"] == 8
+
+
+def test_what_is_from_before_encodings_were_recorded_goes_by_its_data(first_day, tmp_path):
+    spec = open_data(first_day).spec
+    spec.save(tmp_path / "spec.json")
+    assert DataSpec.load(tmp_path / "spec.json") == spec
+    fields = json.loads((tmp_path / "spec.json").read_text())
+    del fields["encoding"]
+    (tmp_path / "spec.json").write_text(json.dumps(fields))
+    old = DataSpec.load(tmp_path / "spec.json")
+    assert old.encoding == {} and old.encoding_hash == ""
+    before = identity(first_day, old.content_hash, old.encoding)
+    now = identity(first_day, spec.content_hash, spec.encoding)
+    other = identity(first_day, "another", spec.encoding)
+    assert before == identity(first_day, old.content_hash)
+    refuse_mismatch(before, now, tmp_path)
+    refuse_mismatch(*scoring(before, now), tmp_path)
+    refuse_mismatch(*scoring(other, now), tmp_path)
+    for pair in ((other, now), (before, other), scoring(before, other)):
+        with pytest.raises(ConfigMismatch, match="data: checkpoint"):
+            refuse_mismatch(*pair, tmp_path)
