@@ -70,6 +70,10 @@ def base_config() -> ConfigDict:
     config.name = ""
     config.seed = 0
 
+    # A run ("WORKDIR", or "WORKDIR@STEP"; else its best measured step) whose state this one begins
+    # with, under its own schedule from step 0 (docs/training.md). "" = from scratch.
+    config.start_from = ""
+
     # Data: which builder, where its raw files are, where prepared data sets go.
     config.data = ConfigDict()
     config.data.builder = ""

@@ -5,20 +5,22 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from ctr_jax import evaluation, serving, sharding, steps
+from ctr_jax import evaluation, serving, sharding, steps, warm_start
 from ctr_jax.checkpoints import Checkpoints, ConfigMismatch, refuse_mismatch
-from ctr_jax.config import identity, scoring
+from ctr_jax.config import ConfigError, identity, scoring
 from ctr_jax.data import open_data
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.prepare import prepare
 from ctr_jax.evaluation import evaluate
 from ctr_jax.features import DataSpec
 from ctr_jax.training import train
+from tests.ctr_jax.test_training import final_state, log_lines
 
 DAY = 86400
 END, NEW_ITEM = 1_000_000_000 + 20 * DAY, 1000
@@ -184,7 +186,7 @@ def test_yesterdays_model_on_todays_data(first_day, next_day, yesterday):
     np.testing.assert_allclose([today[k] for k in both], [before[k] for k in both], rtol=1e-6)
 
 
-def test_data_of_other_vocabularies_are_refused(next_day, yesterday):
+def test_data_of_other_vocabularies_are_refused(first_day, next_day, yesterday, tmp_path):
     next_day.data.vocabularies_from = ""
     says = r"encoding.vocabularies.item: checkpoint"
     for refused in (
@@ -195,6 +197,11 @@ def test_data_of_other_vocabularies_are_refused(next_day, yesterday):
     ):
         with pytest.raises(ConfigMismatch, match=says):
             refused()
+    next_day.start_from = str(yesterday)
+    with pytest.raises(ConfigMismatch, match=says) as error:
+        train(next_day, tmp_path / "new")
+    assert "vocabularies.rating" not in str(error.value)  # its counts alone are others
+    assert not list((tmp_path / "new").glob("checkpoints/*"))
 
 
 def test_resuming_on_other_data_of_the_same_vocabularies(next_day, yesterday, tmp_path):
@@ -225,3 +232,106 @@ def test_what_is_from_before_encodings_were_recorded_goes_by_its_data(first_day,
     for pair in ((other, now), (before, other), scoring(before, other)):
         with pytest.raises(ConfigMismatch, match="data: checkpoint"):
             refuse_mismatch(*pair, tmp_path)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
+def test_a_warm_start_begins_with_the_other_runs_state(first_day, next_day, yesterday, mesh):
+    old = final_state(first_day, yesterday, 3)
+    next_day.mesh.data, next_day.mesh.table = mesh
+    next_day.start_from = f"{yesterday}@3"
+    spec = open_data(next_day).spec
+    whoami = identity(next_day, spec.content_hash, spec.encoding)
+    over = sharding.make_mesh(*mesh)
+    with jax.set_mesh(over):
+        experiment = steps.bind(next_day, spec, over, 6)
+        state, origin = warm_start.start(experiment, whoami)
+        wanted = jax.tree.map(lambda x: x.sharding, steps.state_shapes(experiment))
+    assert jax.tree.map(lambda x: x.sharding, state) == wanted
+    state = jax.device_get(state)
+    assert state["step"] == 0 and origin["started_from"]["updates"] == 3
+    for name in ("tables", "table_opt", "model", "model_state"):
+        jax.tree.map(np.testing.assert_array_equal, state[name], old[name])
+    adam, schedule = state["opt"]
+    jax.tree.map(np.testing.assert_array_equal, adam, old["opt"][0])
+    assert isinstance(schedule, optax.ScaleByScheduleState)
+    assert (adam.count, schedule.count, old["opt"][1].count) == (3, 0, 3)
+
+
+def test_moments_taken_over_move_rows_as_in_the_run_they_are_of(first_day, yesterday):
+    first_day.start_from = f"{yesterday}@3"
+    mesh, spec = sharding.make_mesh(1, 1), open_data(first_day).spec
+    whoami = identity(first_day, spec.content_hash, spec.encoding)
+    batch = open_data(first_day).split("train").read(np.arange(64), 12)
+    with jax.set_mesh(mesh):
+        experiment = steps.bind(first_day, spec, mesh, 6)
+        state, origin = warm_start.start(experiment, whoami)
+        earlier = warm_start.updates_before(origin)
+        moved, _ = steps.train_step(experiment, earlier)(state, batch)
+        shapes = steps.state_shapes(experiment)
+        old = Checkpoints(yesterday, read_only=True).restore(shapes, None, step=3)
+        expected, _ = steps.train_step(experiment)(old, batch)
+    assert (moved["step"], expected["step"]) == (1, 4)
+    for name in ("tables", "table_opt", "model"):
+        jax.tree.map(np.testing.assert_array_equal, moved[name], expected[name])
+
+
+def test_a_warm_start_killed_and_resumed_equals_an_uninterrupted_one(
+    next_day, yesterday, tmp_path, monkeypatch
+):
+    source = shutil.copytree(yesterday, tmp_path / "source")
+    next_day.start_from = str(source)
+    for of in (next_day.optimizer, next_day.table_optimizer):
+        of.update(dict(schedule="linear", warmup_steps=2))
+    earlier = []
+    make = steps.train_step
+    monkeypatch.setattr(steps, "train_step", lambda *args: earlier.append(args[1]) or make(*args))
+    done = train(next_day, tmp_path / "whole")
+    assert done["step"] == 6
+    next_day.total_steps = 3
+    with monkeypatch.context() as patch:  # as if it were to end at 6
+        patch.setattr("ctr_jax.optimizers.schedule", of_6_steps())
+        train(next_day, tmp_path / "parts")
+    shutil.rmtree(source)
+    next_day.total_steps = 6
+    train(next_day, tmp_path / "parts")
+    best = Checkpoints(yesterday, read_only=True).best("valid/auc")
+    assert earlier == [best] * 3
+    whole, parts = (final_state(next_day, tmp_path / name) for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    logs = [
+        [(r["step"], r["loss"]) for r in log_lines(tmp_path / name) if "loss" in r]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+    identities = [
+        Checkpoints(tmp_path / name, read_only=True).identity(6) for name in ("whole", "parts")
+    ]
+    assert identities[0] == identities[1]
+    assert identities[0]["started_from"]["updates"] == best
+
+
+def of_6_steps():
+    from ctr_jax import optimizers
+
+    original = optimizers.schedule
+    return lambda config, total_steps: original(config, 6)
+
+
+def test_a_start_from_nothing_says_so(next_day, yesterday, tmp_path):
+    assert warm_start.parse("runs/a@b") == (warm_start.Path("runs/a@b"), None)
+    assert warm_start.parse("runs/a@12") == (warm_start.Path("runs/a"), 12)
+    for source, says in (
+        (tmp_path / "none", "start_from .*train it first"),
+        (f"{yesterday}@4", "no checkpoint of step 4"),
+    ):
+        next_day.start_from = str(source)
+        with pytest.raises(ConfigError, match=says):
+            train(next_day, tmp_path / "new")
+    next_day.start_from = str(yesterday)
+    next_day.model.width = 4
+    with pytest.raises(ConfigMismatch, match="model.width: checkpoint 8, config 4"):
+        train(next_day, tmp_path / "new")
+    next_day.model.width = 8
+    next_day.table_optimizer.name = "sgd"
+    with pytest.raises(ConfigMismatch, match="table_opt/item/mu"):
+        train(next_day, tmp_path / "new")
