@@ -17,9 +17,11 @@ from ctr_jax.config import ConfigError, identity, scoring
 from ctr_jax.data import open_data
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.prepare import prepare
+from ctr_jax.data.records import PreparedData
 from ctr_jax.evaluation import evaluate
 from ctr_jax.features import DataSpec
 from ctr_jax.training import train
+from tests.ctr_jax.data import test_alibaba, test_eleme, test_last_event
 from tests.ctr_jax.test_training import final_state, log_lines
 
 DAY = 86400
@@ -154,6 +156,27 @@ def test_numbers_and_texts_that_are_written_alike_are_one_value(next_day):
         next_day.data[column]["item"] = "CAST(item AS DOUBLE)"
     with pytest.raises(DataError, match="'item' there is of whole numbers.* fractions or texts"):
         prepare(next_day.data)
+
+
+@pytest.mark.parametrize("builder", ["alibaba", "amazon", "eleme"])
+def test_every_builder_encodes_by_given_vocabularies_as_by_the_same_fitted(builder, tmp_path):
+    raw = tmp_path / "raw"
+    if builder == "amazon":
+        test_last_event.write_amazon(raw, *test_last_event.draw_amazon(0))
+        config = test_last_event.config(builder, tmp_path)
+    else:
+        module = {"alibaba": test_alibaba, "eleme": test_eleme}[builder]
+        module.write(raw, module.draw(0))
+        config = module.config(tmp_path)
+    fitted = PreparedData.open(prepare(config))
+    options = {"min_count": 9, "buckets": 5} if builder != "amazon" else {"min_count": 9}
+    given = PreparedData.open(prepare({**config, **options, "vocabularies_from": fitted.path}))
+    assert given.path != fitted.path and given.spec.encoding == fitted.spec.encoding
+    for split, count in fitted.spec.splits.items():
+        records = [data.split(split).records(np.arange(count)) for data in (fitted, given)]
+        np.testing.assert_array_equal(*records)
+    if fitted.histories is not None:
+        assert given.histories.content_hash == fitted.histories.content_hash
 
 
 def logits_of(config, workdir, data, split):
