@@ -111,11 +111,22 @@ def test_known_values_keep_their_ids_and_new_ones_are_out_of_vocabulary(first_da
     assert anew.encoding["columns"] == old.spec.encoding["columns"]
 
 
+def test_the_content_hash_is_that_of_before_encodings_were_recorded(small_config):
+    spec = open_data(small_config).spec
+    assert spec.content_hash.startswith("81afb54cd76a7e7a38bee36a8e0c5b7e") and spec.encoding
+
+
 def test_a_data_set_is_what_its_vocabularies_hold_not_where_they_lie(next_day, tmp_path):
     given = next_day.data.vocabularies_from
     path = prepare(next_day.data)
     next_day.data.vocabularies_from = str(shutil.copytree(given, tmp_path / "elsewhere"))
     assert prepare(next_day.data) == path
+    # Nor how often its values were seen where it was fitted.
+    ids = tmp_path / "elsewhere" / "vocabularies" / "item.parquet"
+    pq.write_table(pq.read_table(ids).set_column(2, "count", [[7] * len(pq.read_table(ids))]), ids)
+    next_day.data.prepared_dir = str(tmp_path / "prepared")
+    assert open_data(next_day).spec == DataSpec.load(path / "spec.json")
+    next_day.data.prepared_dir = str(path.parents[2])
     next_day.data.vocabularies_from = str(path)  # the day after that takes them from this one
     assert prepare(next_day.data) == path
     next_day.data.vocabularies_from = ""
