@@ -190,7 +190,8 @@ class Checkpoints:
         Args:
           anyway: go on under another configuration, naming what differs in the log.
         Raises:
-          ConfigMismatch: the newest readable one is of another configuration.
+          ConfigMismatch: the newest readable one is of another configuration, or `anyway` of other
+            vocabularies.
           Damaged: none can be read.
         """
         there, damaged = self.steps(), {}
@@ -227,6 +228,7 @@ class Checkpoints:
         has_manifest = self.check(step)
         try:
             if anyway:
+                refuse_other_ids(self.identity(step), identity, self.workdir)
                 _log_differences(self.identity(step), identity)
             return self.restore(shapes, None if anyway else identity, step)
         except (ConfigMismatch, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
@@ -328,13 +330,41 @@ def best_step(
     return (min if best_metric.startswith("-") else max)(measured, key=lambda s: measured[s])
 
 
-def refuse_mismatch(saved: Mapping, current: Mapping, workdir: Path) -> None:
+def refuse_mismatch(
+    saved: Mapping,
+    current: Mapping,
+    workdir: Path,
+    remedy: str = "give another --workdir, or go back to its settings",
+) -> None:
     """Raises ConfigMismatch naming every field that differs between two identities."""
-    if different := _differences(saved, current):
+    if different := _identity_differences(saved, current):
         raise ConfigMismatch(
-            f"{workdir} holds a run of another configuration; give another --workdir, or go back "
-            f"to its settings:\n  " + "\n  ".join(different)
+            f"{workdir} holds a run of another configuration; {remedy}:\n  "
+            + "\n  ".join(different)
         )
+
+
+def refuse_other_ids(saved: Mapping, current: Mapping, workdir: Path) -> None:
+    """Raises ConfigMismatch naming vocabularies and standardised columns that two identities both
+    have and that differ: rows of tables would be taken for those of other values."""
+    sides = [{**x.get("encoding", {}), "columns": None} for x in (saved, current)]
+    there, here = (_flatten({"encoding": side}) for side in sides)
+    both = there.keys() & here.keys()
+    if different := _differences({k: there[k] for k in both}, {k: here[k] for k in both}):
+        raise ConfigMismatch(
+            f"{workdir} was trained with other vocabularies, in which ids mean other values, and "
+            "is not resumed anyway; prepare the data with data.vocabularies_from, or give another "
+            "--workdir:\n  " + "\n  ".join(different)
+        )
+
+
+def _identity_differences(saved: Mapping, current: Mapping) -> list[str]:
+    """Of two identities, less what a run started from, and the encoding where one of them is from
+    before it was recorded."""
+    both = saved.get("encoding") and current.get("encoding")
+    left_out = ("started_from",) if both else ("started_from", "encoding")
+    sides = ({k: v for k, v in x.items() if k not in left_out} for x in (saved, current))
+    return _differences(*sides)
 
 
 def _shapes(tree) -> dict[str, list[int]]:
@@ -354,7 +384,7 @@ def _differences(saved: Mapping, current: Mapping, whose: str = "config") -> lis
 
 
 def _log_differences(saved: Mapping, current: Mapping) -> None:
-    for line in _differences(saved, current):
+    for line in _identity_differences(saved, current):
         logging.warning("resuming anyway, although %s", line)
 
 

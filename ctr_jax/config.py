@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 IDENTITY = ("seed", "history_length", "batch_size", "dtype", "model", "loss",
             "optimizer", "table_optimizer", "clip_norm")  # fmt: skip
 
-# Of it, what the scores of a checkpoint depend on: evaluation refuses other values of these.
-SCORING = ("data", "history_length", "dtype", "model")
+# Of it, what the scores of a checkpoint depend on, beside the encoding of the data: evaluation
+# refuses other values of these.
+SCORING = ("history_length", "dtype", "model")
 DTYPES = ("float32", "bfloat16")
 MEASURES = ("auc", "gauc_user", "logloss", "normalised_entropy", "calibration", "count")
 # What a checkpoint can be chosen by: on the validation split, and the right way round.
@@ -69,6 +70,10 @@ def base_config() -> ConfigDict:
     config.name = ""
     config.seed = 0
 
+    # A run ("WORKDIR", or "WORKDIR@STEP"; else its best measured step) whose state this one begins
+    # with, under its own schedule from step 0 (docs/training.md). "" = from scratch.
+    config.start_from = ""
+
     # Data: which builder, where its raw files are, where prepared data sets go.
     config.data = ConfigDict()
     config.data.builder = ""
@@ -76,6 +81,9 @@ def base_config() -> ConfigDict:
     config.data.prepared_dir = "prepared"
     config.data.on_bad_row = "raise"
     config.data.memory_limit = "1GB"  # DuckDB's, while preparing; does not change the data set
+    # Directory of a prepared data set whose vocabularies are taken as they are: a new day of a log,
+    # for a model that is there already (docs/training.md). "" = fit them.
+    config.data.vocabularies_from = ""
     config.data.threads = 0  # of the preparation; 0 = all cores
     # {vocabulary: rows} for plans made where the data set is not (train.py --plan).
     config.expected_rows = ConfigDict()
@@ -139,19 +147,27 @@ def config_field(kind: type):
     return config_dict.placeholder(kind)
 
 
-def scoring(identity: Mapping) -> dict:
-    """What of a run's identity its scores depend on."""
-    return {name: identity.get(name) for name in SCORING}
+def scoring(*identities: Mapping) -> list[dict]:
+    """What of each identity the scores depend on: with it the encoding of the data where all of
+    them know theirs, else the data set itself."""
+    known = all(identity.get("encoding") for identity in identities)
+    names = ("encoding" if known else "data", *SCORING)
+    return [{name: identity.get(name) for name in names} for identity in identities]
 
 
-def identity(config: ConfigDict, content_hash: str) -> dict:
-    """What must be equal for a checkpoint of one run to be resumed by another."""
+def identity(config: ConfigDict, content_hash: str, encoding: Mapping | None = None) -> dict:
+    """What must be equal for a checkpoint of one run to be resumed by another.
+
+    Args:
+      content_hash, encoding: of the DataSpec.
+    """
     fields = config.to_dict()
     # Where they are off, as if there were no such field: runs from before it can be resumed.
     names = (*IDENTITY, "length_buckets") if config.length_buckets else IDENTITY
     if fields["optimizer"]["initial_accumulator"] == INITIAL_ACCUMULATOR:
         del fields["optimizer"]["initial_accumulator"]
-    return without_speed({"data": content_hash, **{name: fields[name] for name in names}})
+    data = {"data": content_hash, **({"encoding": encoding} if encoding else {})}
+    return without_speed({**data, **{name: fields[name] for name in names}})
 
 
 def without_speed(identity: Mapping) -> dict:

@@ -79,7 +79,7 @@ def evaluate(
     relative_to: str | Path | None = None,
 ) -> dict:
     """Evaluates checkpoints of `workdir`: metrics/<step>.json, and results.json with plots in
-    evaluation/<split>.
+    evaluation/<split>. On other data of the same vocabularies only the latter.
 
     Args:
       step: which checkpoint; None = the best by `config.best_metric` as far as measured, else the
@@ -91,7 +91,7 @@ def evaluate(
     Raises:
       FileNotFoundError: there is no such checkpoint, or no results in `relative_to`.
       Damaged: its files are not what was saved.
-      ConfigMismatch: the checkpoint was made with another model or data set.
+      ConfigMismatch: the checkpoint was made with another model, or data of another encoding.
       ConfigError: the page cannot mean what it says, or `relative_to` holds results of other rows.
     """
     check(config)
@@ -107,7 +107,8 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> 
     score_step, shapes = steps.score_step(experiment), steps.state_shapes(experiment)
     shapes = {k: shapes[k] for k in ("tables", "model", "model_state", "step")}
 
-    whoami, results = identity(config, data.spec.content_hash), {}
+    spec, results = data.spec, {}
+    whoami = identity(config, spec.content_hash, spec.encoding)
     baselines = {split: None for split in splits}
     if relative_to:  # looked at before anything is scored
         baselines = {split: Path(relative_to) / "evaluation" / split for split in splits}
@@ -122,7 +123,7 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> 
                 continue
             checkpoints.check(at)
             saved = checkpoints.identity(at)
-            refuse_mismatch(scoring(saved), scoring(whoami), workdir)
+            refuse_mismatch(*scoring(saved, whoami), workdir)
             weights = checkpoints.restore(shapes, identity=None, step=at)
             weights.pop("step")
             logs = {
@@ -131,8 +132,10 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> 
             }
         results = {split: reports.evaluate_scores(log) for split, log in logs.items()}
         measured = {split: headline(result) for split, result in results.items()}
-        write_json(checkpoints.metrics_path(at), {**checkpoints.metrics(at), **measured})
-        about = {"run": config.name, "step": at, "data_hash": data.spec.content_hash}
+        if saved["data"] == spec.content_hash:  # a checkpoint is chosen by its own data alone
+            write_json(checkpoints.metrics_path(at), {**checkpoints.metrics(at), **measured})
+        about = {"run": config.name, "step": at}
+        about |= {"data_hash": spec.content_hash, "encoding_hash": spec.encoding_hash}
         for split, result in results.items():
             if (oracle := oracle_auc(config, split)) is not None:
                 result["oracle_auc"] = oracle

@@ -88,6 +88,7 @@ def export(
         "name": config.name,
         "step": at,
         "data_hash": data.spec.content_hash,
+        "encoding_hash": data.spec.encoding_hash,
         "platform": platform,
         "jax": jax.__version__,
         "history_length": config.history_length,

@@ -7,9 +7,11 @@ Ids: 0 is padding (its vector is exactly zero and never trained), 1 is out-of-vo
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 PADDING, OOV, MISSING, FIRST_KNOWN = 0, 1, 2, 3
 GROUPS = ("user", "context", "behaviour", "candidate")
@@ -44,6 +46,9 @@ class DataSpec:
       inline_history: L of histories kept inside the records; 0 = they live in the history store.
       content_hash: sha256 of everything the data set holds; checkpoints and results record it.
       splits: {split: number of records}.
+      encoding: what ids and dense values mean: {"columns": ["group/name kind vocabulary", ...],
+        "vocabularies": {name: hash}, "standardised": {column: [mean, scale]}}. A model scores any
+        data set of an equal one. {} in data sets prepared before it was recorded.
     """
 
     name: str
@@ -53,6 +58,13 @@ class DataSpec:
     inline_history: int = 0
     content_hash: str = ""
     splits: dict[str, int] = dataclasses.field(default_factory=dict)
+    encoding: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def encoding_hash(self) -> str:
+        """sha256 of the encoding; "" where it is not recorded."""
+        text = json.dumps(self.encoding, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest() if self.encoding else ""
 
     def group(self, group: str) -> tuple[DataColumn, ...]:
         return tuple(c for c in self.columns if c.group == group)

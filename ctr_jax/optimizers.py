@@ -110,6 +110,17 @@ def dense_optimizer(config: Mapping, total_steps: int) -> optax.GradientTransfor
     return optax.sgd(rate)
 
 
+def restarted(state):
+    """The state of a `dense_optimizer` whose schedule begins again. Moments stay, and with them the
+    count that their bias is corrected by."""
+
+    def of(part):
+        is_schedule = isinstance(part, optax.ScaleByScheduleState)
+        return part._replace(count=jnp.zeros_like(part.count)) if is_schedule else part
+
+    return jax.tree.map(of, state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+
+
 def decayed(params):
     """The tree of `params` with True where weight decay takes a parameter: all but UNDECAYED."""
 

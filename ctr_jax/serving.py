@@ -37,7 +37,7 @@ def restore(
     Raises:
       FileNotFoundError: there is no such checkpoint.
       Damaged: its files are not what was saved.
-      ConfigMismatch: it was made with another model or data set.
+      ConfigMismatch: it was made with another model, or data of another encoding.
     """
     check(config)
     data, workdir = open_data(config), Path(workdir)
@@ -49,8 +49,8 @@ def restore(
         experiment = steps.bind(config, data.spec, mesh, 1)
         shapes = steps.state_shapes(experiment)
         shapes = {k: shapes[k] for k in ("tables", "model", "model_state", "step")}
-        whoami = identity(config, data.spec.content_hash)
-        refuse_mismatch(scoring(checkpoints.identity(at)), scoring(whoami), workdir)
+        whoami = identity(config, data.spec.content_hash, data.spec.encoding)
+        refuse_mismatch(*scoring(checkpoints.identity(at), whoami), workdir)
         weights = checkpoints.restore(shapes, identity=None, step=at)
     weights.pop("step")
     return experiment, weights, at

@@ -176,11 +176,15 @@ def _embed_rows(experiment: Experiment, rows, plan, batch) -> EmbeddedBatch:
     return embedding.embed(rows, plan, experiment.columns, batch, as_rows=as_rows)
 
 
-def train_step(experiment: Experiment) -> Callable:
+def train_step(experiment: Experiment, earlier_updates: int = 0) -> Callable:
     """(state, batch) -> (state, scalars), jitted; the state is donated.
 
     With `config.micro_batch` the model sees the batch in parts whose gradients add up; ids are made
     distinct, and tables updated, once for the whole batch.
+
+    Args:
+      earlier_updates: updates that the tables' moments saw before step 0, in the run that this one
+        started from.
 
     scalars: loss (what is minimised), logloss, and the norms of gradients, of the model's
     parameters and their updates, and of the tables' rows in the batch, updated.
@@ -218,7 +222,7 @@ def train_step(experiment: Experiment) -> Callable:
 
         updates, opt = experiment.optimizer.update(grads, state["opt"], state["model"])
         tables, table_opt = experiment.table_optimizer.update(
-            row_grads, state["table_opt"], state["tables"], plan, state["step"]
+            row_grads, state["table_opt"], state["tables"], plan, state["step"], earlier_updates
         )
         params = optax.apply_updates(state["model"], updates)
         scalars = {

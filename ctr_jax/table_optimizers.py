@@ -34,9 +34,10 @@ class TableOptimizer(NamedTuple):
 
     Attributes:
       init: (tables) -> state {table: {slot: [V, width] or [V]}}.
-      update: (row_grads, state, tables, plan, step) -> (tables, state); `step` is the number of
-        updates made before this one. `jax.grad` with respect to the result of `gather_rows` has
-        duplicates summed already.
+      update: (row_grads, state, tables, plan, step, earlier = 0) -> (tables, state); `step` is the
+        number of updates that this run has made before this one, `earlier` those that the state saw
+        in runs before. `jax.grad` with respect to the result of `gather_rows` has duplicates summed
+        already.
     """
 
     init: Callable[[Mapping[str, jax.Array]], State]
@@ -69,7 +70,8 @@ def table_optimizer(
     "adagrad" (Duchi et al. 2011, diagonal): s += g^2; row -= lr g / sqrt(s + eps); optax's form.
     "rowwise_adagrad" (Gupta et al. 2014; FBGEMM): one s a row, s += mean(g^2) over the width.
     "lazy_adam": m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2 on touched rows only;
-      row -= lr m' / (sqrt(v') + eps), m' = m / (1 - b1^t), v' = v / (1 - b2^t), t = step + 1.
+      row -= lr m' / (sqrt(v') + eps), m' = m / (1 - b1^t), v' = v / (1 - b2^t),
+      t = earlier + step + 1.
 
     Args:
       learning_rate: a number, or a function of the step.
@@ -95,9 +97,9 @@ def table_optimizer(
     def init(tables):
         return {table: rule.init(values) for table, values in tables.items()}
 
-    def update(row_grads, state, tables, plan: Plan, step):
+    def update(row_grads, state, tables, plan: Plan, step, earlier: int = 0):
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        scalars = jnp.asarray(rate, jnp.float32), jnp.asarray(step, jnp.float32) + 1
+        scalars = jnp.asarray(rate, jnp.float32), jnp.asarray(step, jnp.float32) + (1 + earlier)
 
         def move(rows, grads, slots, rate, t):
             grads = grads + weight_decay * rows if weight_decay else grads

@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ctr_jax import evaluation, processes, reports, sharding, steps
+from ctr_jax import evaluation, processes, reports, sharding, steps, warm_start
 from ctr_jax.batch import RequestBatch
 from ctr_jax.checkpoints import Checkpoints
 from ctr_jax.config import check, identity
@@ -30,17 +30,20 @@ class NonFiniteLoss(RuntimeError):
 
 
 def train(config: ConfigDict, workdir: str | Path, *, resume_anyway: bool = False) -> dict:
-    """Trains `config` in `workdir`, resuming from its newest readable checkpoint if there is one.
+    """Trains `config` in `workdir`, resuming from its newest readable checkpoint if there is one,
+    else from `config.start_from` if that is set.
 
     SIGTERM saves at the end of the running step and returns.
 
     Args:
-      resume_anyway: take a checkpoint of another configuration; its arrays still have to fit.
+      resume_anyway: take a checkpoint of another configuration; its arrays and vocabularies still
+        have to fit.
     Returns:
       {"step", "seconds", "examples_per_second", "valid": metrics of the last checkpoint}.
     Raises:
       ConfigError: the page cannot mean what it says.
-      ConfigMismatch: the workdir's checkpoints belong to another model, data set or optimizer.
+      ConfigMismatch: the workdir's checkpoints belong to another model, data set or optimizer, or
+        those of `start_from` to another model or encoding.
       Damaged: it holds checkpoints and none can be read.
       SaveFailed: a checkpoint could not be written; the message names the last good one.
       NonFiniteLoss: the loss is not a number; the last good checkpoint stays.
@@ -65,17 +68,22 @@ def _train(
 
     # --- model, optimizers
     experiment = steps.bind(config, data.spec, mesh, total)
-    train_step, score_step = steps.train_step(experiment), steps.score_step(experiment)
+    score_step = steps.score_step(experiment)
 
-    # --- restore: own checkpoint, else from scratch
+    # --- restore: own checkpoint, else another run's, else from scratch
     checkpoints = Checkpoints(workdir, keep_last=config.keep_last, best_metric=config.best_metric)
-    whoami = identity(config, data.spec.content_hash)
+    whoami = identity(config, data.spec.content_hash, data.spec.encoding)
     state = checkpoints.restore_newest(steps.state_shapes(experiment), whoami, anyway=resume_anyway)
     if state is not None:
         logging.info("resumed %s at step %d", workdir, int(state["step"]))
+        whoami |= warm_start.origin(checkpoints.identity(int(state["step"])))
+    elif config.start_from:
+        state, origin = warm_start.start(experiment, whoami)
+        whoami |= origin
     else:
         state = steps.init_state(experiment, config.seed)
     start = int(state["step"])
+    train_step = steps.train_step(experiment, warm_start.updates_before(whoami))
     done_path, about_path = workdir / "train_done.json", workdir / "config.json"
     finished = read_json(done_path) if start >= total else {}
     if start:
@@ -85,7 +93,8 @@ def _train(
         checkpoints.forget_measures(start)
         if start < total:
             done_path.unlink(missing_ok=True)
-        about = {"data_hash": data.spec.content_hash, "resolved_total": total}
+        about = {"data_hash": data.spec.content_hash, "encoding_hash": data.spec.encoding_hash}
+        about |= {"resolved_total": total, **warm_start.origin(whoami)}
         write_json(about_path, {**config.to_dict(), **about})
     _describe(state, len(requests), start, total, mesh)
 

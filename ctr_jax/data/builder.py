@@ -27,15 +27,15 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tqdm import tqdm
 
 import seqvault
+from ctr_jax.data import given_vocabularies, raw, vocabulary
 from ctr_jax.data import histories as histories_lib
-from ctr_jax.data import raw, vocabulary
 from ctr_jax.data import requests as requests_lib
 from ctr_jax.data.column_checks import check_columns
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.plan import Field, Plan
 from ctr_jax.data.records import HISTORIES, REQUEST, SPEC, record_dtype, request_features
 from ctr_jax.data.report import Histogram, RecordStatistics, period, summary
-from ctr_jax.features import FIRST_KNOWN, DataSpec
+from ctr_jax.features import DataSpec
 
 VERSION = "1.0.0"
 REPORT, VOCABULARIES, SCRATCH = "report.json", "vocabularies", "scratch"
@@ -218,27 +218,29 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         directory: Path,
         counts: Callable[[list[Field]], str] | None = None,
     ) -> dict[str, vocabulary.Dense]:
-        """Fits and writes every vocabulary; returns the encodings of the dense columns.
+        """Fits, or takes from `vocabularies_from`, and writes every vocabulary; returns the
+        encodings of the dense columns.
 
         Args:
           counts: gives the SQL of vocabulary.counts of fields; None = over this database.
         """
         counts = counts or functools.partial(vocabulary.counts, con, plan)
         directory.mkdir()
-        sizes, dense, standard = {}, {}, {}
-        for name, fields in plan.vocabularies("id").items():
-            sizes[name] = FIRST_KNOWN + vocabulary.fit_ids(con, plan, name, counts(fields))
-            self._hash_file(vocabulary.write_ids(con, name, directory))
-        for name, fields in plan.vocabularies("quantile").items():
-            dense[name], filled = vocabulary.fit_quantiles(con, plan, counts(fields))
-            sizes[name] = FIRST_KNOWN + len(filled)
-            self._hash_file(vocabulary.write_buckets(dense[name], filled, name, directory))
-        for field in plan.fields:
-            if field.kind == "standard":
-                dense[field.key] = vocabulary.fit_standard(con, counts([field]))
-                standard[field.key] = [dense[field.key].mean, dense[field.key].scale]
+        names = [*plan.vocabularies("id"), *plan.vocabularies("quantile")]
+        if source := self.options.get("vocabularies_from"):
+            taken = given_vocabularies.take(con, plan, Path(source), directory, counts)
+            sizes, dense, self._report["known"] = taken
+        else:
+            sizes, dense = vocabulary.fit(con, plan, directory, counts)
+        self._hashes = {
+            name: self._hash_file(directory / f"{name}.parquet", not source) for name in names
+        }
         self._report["vocabularies"] = sizes
-        self._report["standardised (mean, scale)"] = standard
+        self._report["standardised (mean, scale)"] = {
+            f.key: [dense[f.key].mean, dense[f.key].scale]
+            for f in plan.fields
+            if f.kind == "standard"
+        }
         return dense
 
     def watched(
@@ -267,23 +269,40 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
 
     def finish(self, directory: Path) -> None:
         """Writes report.json and spec.json, which carries the content hash; prints the tables."""
-        report = self._report
+        report, plan = self._report, self.plan(self.options)
         spec = dataclasses.replace(
             self.spec(), vocabularies=report["vocabularies"], splits=report["records"]
         )
-        self._digest.update(json.dumps(dataclasses.asdict(spec), sort_keys=True).encode())
-        spec = dataclasses.replace(spec, content_hash=self._digest.hexdigest())
+        fields = dataclasses.asdict(spec)
+        del fields["encoding"]  # follows from what is hashed already
+        self._digest.update(json.dumps(fields, sort_keys=True).encode())
+        encoding = {
+            "columns": [f"{f.key} {f.kind} {f.column.vocabulary}".rstrip() for f in plan.fields],
+            "vocabularies": self._hashes,
+            "standardised": report["standardised (mean, scale)"],
+        }
+        spec = dataclasses.replace(spec, content_hash=self._digest.hexdigest(), encoding=encoding)
         (directory / REPORT).write_text(json.dumps(report, indent=1))
         spec.save(directory / SPEC)
         print(summary(spec, report), flush=True)
 
-    def _hash_file(self, path: Path) -> None:
-        """Adds a vocabulary's content, not its bytes: those change with the parquet writer."""
+    def _hash_file(self, path: Path, fitted: bool) -> str:
+        """Adds a vocabulary's content, not its bytes: those change with the parquet writer. Counts
+        are of the rows it was fitted on, so of this data set only where that was here.
+
+        Returns:
+          16 digits of the sha256 of its values and ids.
+        """
+        meaning = hashlib.sha256()
         self._digest.update(path.name.encode())
         for batch in pq.ParquetFile(path).iter_batches():
-            self._digest.update("\0".join(map(str, batch["value"].to_pylist())).encode())
-            self._digest.update(batch["id"].to_numpy().astype("<i4").tobytes())
-            self._digest.update(batch["count"].to_numpy().astype("<i8").tobytes())
+            values = "\0".join(map(str, batch["value"].to_pylist())).encode()
+            for content in (values, batch["id"].to_numpy().astype("<i4").tobytes()):
+                self._digest.update(content)
+                meaning.update(content)
+            if fitted:
+                self._digest.update(batch["count"].to_numpy().astype("<i8").tobytes())
+        return meaning.hexdigest()[:16]
 
 
 def connect(scratch: Path, options: Mapping[str, Any]) -> duckdb.DuckDBPyConnection:

@@ -7,7 +7,15 @@ from typing import Any
 
 from ctr_jax.data.errors import DataError
 
-COMMON = ("builder", "raw_dir", "prepared_dir", "memory_limit", "threads", "generate")
+COMMON = (
+    "builder",
+    "raw_dir",
+    "prepared_dir",
+    "memory_limit",
+    "threads",
+    "generate",
+    "vocabularies_from",
+)
 
 
 def with_defaults(

@@ -23,6 +23,7 @@ from typing import Any
 import duckdb
 from ml_collections import ConfigDict
 
+from ctr_jax.data import given_vocabularies
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.raw_files import distinct_names
 
@@ -35,8 +36,16 @@ BUILDERS = {
 }
 # Raised whenever preparation gives other files for the same options and raw files.
 FORMAT = 4
-# Options that say where and how, not what: they do not change the prepared data set.
-_NOT_CONTENT = ("raw_dir", "prepared_dir", "memory_limit", "threads", "generate")
+# Options that say where and how, not what: they do not change the prepared data set. Of the given
+# vocabularies their content counts.
+_NOT_CONTENT = (
+    "raw_dir",
+    "prepared_dir",
+    "memory_limit",
+    "threads",
+    "generate",
+    "vocabularies_from",
+)
 
 
 def prepare(config: ConfigDict, engine: Callable[..., Any] | None = None) -> Path:
@@ -60,6 +69,8 @@ def prepare(config: ConfigDict, engine: Callable[..., Any] | None = None) -> Pat
         builder.prepare_splits = functools.partial(engine, builder)
     directory = Path(builder.data_dir)
     if not is_complete(directory):
+        if source := options.get("vocabularies_from"):  # before anything is read
+            given_vocabularies.check(Path(source), builder_class.plan(options))
         with locked(directory.parent):
             if not is_complete(directory):
                 _remove_leftovers(directory)
@@ -116,8 +127,14 @@ def make_builder(builder_class: type, options: Mapping[str, Any], files: list[Pa
 
 
 def fingerprint(options: Mapping[str, Any], files: list[Path]) -> str:
-    """12 hex digits over FORMAT, the options that matter, each raw file's name, size and mtime."""
+    """12 hex digits over FORMAT, the options that matter, each raw file's name, size and mtime.
+
+    Raises:
+      DataError: `vocabularies_from` is no prepared data set.
+    """
     content = {k: v for k, v in options.items() if k not in _NOT_CONTENT}
+    if source := options.get("vocabularies_from"):
+        content["vocabularies_from"] = given_vocabularies.content_of(Path(source))
     names = distinct_names(files)
     stats = [(names[p], p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     text = json.dumps([FORMAT, content, stats], sort_keys=True, default=str)

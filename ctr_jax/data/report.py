@@ -119,6 +119,9 @@ def summary(spec: DataSpec, report: Mapping[str, Any]) -> str:
     parts.append(table("history length", report["history_lengths"]))
     if unknown := _unknown(report):
         parts.append(table("unknown", unknown))
+    if "known" in report:
+        known = {name: {"share": share} for name, share in report["known"].items()}
+        parts.append(table("of the values for training, known", known))
     for kind in ("skipped", "dropped"):
         if counts := {k: {"rows": n} for k, n in report[kind].items() if n}:
             parts.append(table(kind, counts))

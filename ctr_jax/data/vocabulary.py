@@ -9,7 +9,7 @@ standardised float32 values.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import duckdb
@@ -77,6 +77,34 @@ def id_counts(con: duckdb.DuckDBPyConnection, plan: Plan, fields: list[Field]) -
     return f"""
         SELECT value, source, CAST(sum(n) AS BIGINT) AS n FROM ({parts})
         WHERE value IS NOT NULL GROUP BY ALL"""
+
+
+def fit(
+    con: duckdb.DuckDBPyConnection,
+    plan: Plan,
+    directory: Path,
+    counts: Callable[[list[Field]], str],
+) -> tuple[dict[str, int], dict[str, Dense]]:
+    """Fits every vocabulary and writes it to `directory`.
+
+    Args:
+      counts: gives the SQL of `counts` of fields.
+    Returns:
+      {vocabulary: its rows, reserved ids included}, and the encodings of the dense columns: by
+      vocabulary of "quantile" columns, by key of "standard" ones.
+    """
+    sizes, dense = {}, {}
+    for name, fields in plan.vocabularies("id").items():
+        sizes[name] = FIRST_KNOWN + fit_ids(con, plan, name, counts(fields))
+        write_ids(con, name, directory)
+    for name, fields in plan.vocabularies("quantile").items():
+        dense[name], filled = fit_quantiles(con, plan, counts(fields))
+        sizes[name] = FIRST_KNOWN + len(filled)
+        write_buckets(dense[name], filled, name, directory)
+    for field in plan.fields:
+        if field.kind == "standard":
+            dense[field.key] = fit_standard(con, counts([field]))
+    return sizes, dense
 
 
 def fit_ids(con: duckdb.DuckDBPyConnection, plan: Plan, name: str, counts: str) -> int:

@@ -64,6 +64,9 @@ def test_a_process_without_this_library_scores_alike(trained, tmp_path):
     out = tmp_path / "exported"
     about = export.export(trained, tmp_path / "run", out, [(2, 5), (1, 3)])
     assert about["step"] == 2 and len(about["functions"]) == 2
+    spec = open_data(trained).spec
+    assert about["data_hash"] == spec.content_hash
+    assert about["encoding_hash"] == spec.encoding_hash != ""
     code = (
         "import sys, runpy; sys.argv = sys.argv[1:];"
         "runpy.run_path(sys.argv[0], run_name='__main__');"

@@ -186,7 +186,9 @@ def _count_values(
         f"{name}.parquet": con.sql(vocabulary.counts(con, plan, fields)).to_arrow_reader(1).schema
         for name, fields in fits.items()
     }
-    min_counts = {n: plan.min_count if f[0].kind == "id" else 1 for n, f in fits.items()}
+    # Where vocabularies are given, rare values count among those that are known or not.
+    least = 1 if job.options.get("vocabularies_from") else plan.min_count
+    min_counts = {n: least if f[0].kind == "id" else 1 for n, f in fits.items()}
     joined = max if plan.impressions_are_behaviours else sum
     with beam.Pipeline(options=PipelineOptions(list(flags))) as pipeline:
         _ = (
