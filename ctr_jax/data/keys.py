@@ -90,7 +90,7 @@ def user_keys(path: Path) -> pa.ChunkedArray:
     Raises:
       DataError: the data set has none.
     """
-    return pq.read_table(_file(path, "users"), columns=["key"])["key"]
+    return pq.read_table(file_of(path, "users"), columns=["key"])["key"]
 
 
 def record_keys(path: Path, split: str) -> pq.ParquetFile:
@@ -99,10 +99,15 @@ def record_keys(path: Path, split: str) -> pq.ParquetFile:
     Raises:
       DataError: the data set has none.
     """
-    return pq.ParquetFile(_file(path, split))
+    return pq.ParquetFile(file_of(path, split))
 
 
-def _file(path: Path, name: str) -> Path:
+def file_of(path: Path, name: str) -> Path:
+    """keys/<name>.parquet of the prepared data set in `path`.
+
+    Raises:
+      DataError: the data set has none.
+    """
     file = Path(path) / KEYS / f"{name}.parquet"
     if not file.exists():
         raise DataError(
