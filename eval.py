@@ -28,7 +28,7 @@ def main(argv):
     if WATCH.value and STEP.value is not None:
         raise app.UsageError("--step and --watch exclude each other")
     from ctr_jax.evaluation import evaluate
-    from ctr_jax.reports import format_table, summary_rows
+    from ctr_jax.reports import format_table, slice_rows, summary_rows
     from ctr_jax.writers import quiet_checkpoint_logs
 
     jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)  # only CPU backends read it
@@ -44,6 +44,8 @@ def main(argv):
     for split, result in results.items():
         print(f"\n{config.name}, {split}")
         print(format_table(summary_rows(result)))
+        if config.slices:
+            print(f"\n{format_table(slice_rows(result, config.slices))}")
     splits = f"{{{','.join(results)}}}"
     print(f"\nmetrics and plots: {workdir}/evaluation/{splits}/")
     if SCORES.value:

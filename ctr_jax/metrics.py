@@ -76,8 +76,7 @@ class ScoreLog:
           batch: arrays on the host or the device.
           logits: [B, C] of any float type; kept as float32, or float64 if they are.
           weights: [B, C] non-negative weights; on every call or on none.
-          history_length: [B] behaviours that each request may see, rows of padding may be left out
-            at the end; None = as many as the batch holds, which is cut to L.
+          history_length: [B] behaviours that each request may see; None = the batch's, at most L.
         Raises:
           ValueError: a shape differs from candidate_mask's, a valid logit is not finite (the first
             request id is named), a label is not 0/1, or the batch lacks a slice column.

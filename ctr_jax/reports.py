@@ -110,11 +110,7 @@ def _flat(name: str, grouped: GroupAUC) -> dict[str, Any]:
 
 
 def _slice_metrics(
-    name: str,
-    rows: Mapping[str, np.ndarray],
-    history_edges: Sequence[int],
-    max_values: int,
-    raw: RawValues | None,
+    name: str, rows: Mapping[str, np.ndarray], history_edges: Sequence[int], max_values: int, raw
 ) -> dict[str, dict[str, Any]]:
     values = rows[name]
     if name == "history_length":
@@ -305,6 +301,16 @@ def summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for key, value in results.get("comparison", {}).items():
         rows.append({"metric": key.replace("_", " "), "value": value})
     return rows
+
+
+def slice_rows(results: Mapping[str, Any], slices: Iterable[str]) -> list[dict[str, Any]]:
+    """The results by slice, a row for each value, for `format_table`."""
+    shown = ("count", "auc", "gauc_user", "logloss", "calibration")
+    return [
+        {"slice": key, "value": value} | {name: part.get(name) for name in shown}
+        for key in slices
+        for value, part in results["slices"].get(key, {}).items()
+    ]
 
 
 def _figure(results: Mapping[str, Any], title: str, **subplots: Any):

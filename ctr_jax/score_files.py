@@ -46,25 +46,28 @@ def write_scores(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     first = 0
-    with raw, pq.ParquetWriter(temporary, schema) as writer:
-        for batch in raw.iter_batches(_RECORDS_AT_ONCE):
-            numbers = batch["record"].to_numpy()
-            records = requests.records(numbers)
-            of = np.repeat(np.arange(len(records)), records["num_candidates"])
-            position = np.arange(len(of)) - np.flatnonzero(np.diff(of, prepend=-1))[of]
-            here = slice(first, first + len(of))
-            first += len(of)
-            labels, logits = columns["labels"][here], columns["logits"][here]
-            if not np.array_equal(labels, records["label"][of, position]):
-                raise ValueError(f"scores from {here.start} on are not of {requests!r}")
-            table = [
-                users.take(records["user"][of]), batch["request"].take(of),
-                records["request_time"][of], numbers[of], position.astype(np.int32),
-                batch["rows"].flatten(), labels, sigmoid(logits).astype(np.float32),
-                logits.astype(np.float32),
-            ]  # fmt: skip
-            writer.write_table(pa.table(table, schema=schema))
-    if first != len(scores):
-        raise ValueError(f"{len(scores)} scores, but {requests!r} has {first} candidates")
-    os.replace(temporary, path)
+    try:
+        with raw, pq.ParquetWriter(temporary, schema) as writer:
+            for batch in raw.iter_batches(_RECORDS_AT_ONCE):
+                numbers = batch["record"].to_numpy()
+                records = requests.records(numbers)
+                of = np.repeat(np.arange(len(records)), records["num_candidates"])
+                position = np.arange(len(of)) - np.flatnonzero(np.diff(of, prepend=-1))[of]
+                here = slice(first, first + len(of))
+                first += len(of)
+                labels, logits = columns["labels"][here], columns["logits"][here]
+                if not np.array_equal(labels, records["label"][of, position]):
+                    raise ValueError(f"scores from {here.start} on are not of {requests!r}")
+                table = [
+                    users.take(records["user"][of]), batch["request"].take(of),
+                    records["request_time"][of], numbers[of], position.astype(np.int32),
+                    batch["rows"].flatten(), labels, sigmoid(logits).astype(np.float32),
+                    logits.astype(np.float32),
+                ]  # fmt: skip
+                writer.write_table(pa.table(table, schema=schema))
+        if first != len(scores):
+            raise ValueError(f"{len(scores)} scores, but {requests!r} has {first} candidates")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path

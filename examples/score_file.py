@@ -72,21 +72,24 @@ def score_file(config, workdir, requests, out, user: str, time: str) -> int:
     write = pa.csv.CSVWriter if Path(out).suffix == ".csv" else pq.ParquetWriter
     temporary = Path(out).with_name(f".{Path(out).name}.{os.getpid()}.tmp")
     count = 0
-    with write(temporary, schema) as writer:
-        for rows in source.to_batches(batch_size=ROWS_AT_ONCE):
-            if not rows.num_rows:
-                continue
-            columns = raw.encode({key: values_of(rows[name]) for key, name in column_of.items()})
-            users_of = rows_of_users(rows[user], users)
-            times = seconds(rows[time], config.data)
-            with jax.set_mesh(experiment.mesh):
-                logits = scored(config, data, score, weights, columns, users_of, times)
-            probability = pa.array(sigmoid(logits).astype(np.float32))
-            writer.write_batch(
-                pa.RecordBatch.from_arrays([*rows.columns, probability], schema=schema)
-            )
-            count += rows.num_rows
-    os.replace(temporary, out)
+    try:
+        with write(temporary, schema) as writer:
+            for rows in source.to_batches(batch_size=ROWS_AT_ONCE):
+                if not rows.num_rows:
+                    continue
+                columns = raw.encode({k: values_of(rows[name]) for k, name in column_of.items()})
+                users_of = rows_of_users(rows[user], users)
+                times = seconds(rows[time], config.data)
+                with jax.set_mesh(experiment.mesh):
+                    logits = scored(config, data, score, weights, columns, users_of, times)
+                probability = pa.array(sigmoid(logits).astype(np.float32))
+                writer.write_batch(
+                    pa.RecordBatch.from_arrays([*rows.columns, probability], schema=schema)
+                )
+                count += rows.num_rows
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
     return count
 
 

@@ -105,6 +105,10 @@ def test_slices_are_named_by_what_they_stand_for():
     low, high = list(named["candidate/price"])[0].split("[")[1][:-1].split(", ")
     assert low == "-inf" and float(high) == pytest.approx(edges, rel=1e-2)
     assert named["history_length"] == plain["history_length"]
+    rows = reports.slice_rows({"slices": named}, ("context/pid", "candidate/price"))
+    assert [row["value"] for row in rows] == [*named["context/pid"], *named["candidate/price"]]
+    assert rows[0]["slice"] == "context/pid" and rows[0]["auc"] == plain["context/pid"]["3"]["auc"]
+    assert "context/pid 30" in reports.format_table(rows)
     for name in ("context/pid", "candidate/brand", "candidate/price"):
         assert list(named[name].values()) == list(plain[name].values())
 

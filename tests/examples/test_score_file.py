@@ -80,6 +80,7 @@ def test_raw_rows_of_the_test_split_get_its_scores(config, raw, tmp_path):
     ):
         with pytest.raises(DataError, match=says):
             scored(config, tmp_path, table)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_times_are_read_as_preparation_reads_them():
