@@ -1,7 +1,7 @@
 """Evaluates checkpoints: AUC, GAUC, logloss, calibration, slices and plots.
 
 python eval.py --config=configs/sparsectr_alibaba.py[:variant] [--workdir=DIR]
-               [--step N | --watch] [--relative_to=OTHER_WORKDIR]
+               [--step N | --watch] [--relative_to=OTHER_WORKDIR] [--scores=DIR]
 """
 
 import sys
@@ -19,6 +19,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The training run (runs/<config n
 STEP = flags.DEFINE_integer("step", None, "This checkpoint; default: the best measured one.")
 WATCH = flags.DEFINE_bool("watch", False, "Evaluate each checkpoint as it appears.")
 RELATIVE_TO = flags.DEFINE_string("relative_to", None, "A run to measure RelaImpr against.")
+SCORES = flags.DEFINE_string("scores", None, "Write every candidate's score: DIR/<split>.parquet.")
 
 
 def main(argv):
@@ -27,7 +28,7 @@ def main(argv):
     if WATCH.value and STEP.value is not None:
         raise app.UsageError("--step and --watch exclude each other")
     from ctr_jax.evaluation import evaluate
-    from ctr_jax.reports import format_table, summary_rows
+    from ctr_jax.reports import format_table, slice_rows, summary_rows
     from ctr_jax.writers import quiet_checkpoint_logs
 
     jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)  # only CPU backends read it
@@ -36,13 +37,19 @@ def main(argv):
     config = CONFIG.value
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
     try:
-        results = evaluate(config, workdir, STEP.value, WATCH.value, relative_to=RELATIVE_TO.value)
+        how = dict(relative_to=RELATIVE_TO.value, scores=SCORES.value)
+        results = evaluate(config, workdir, STEP.value, WATCH.value, **how)
     except (*command_line.mendable(), FileNotFoundError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     for split, result in results.items():
         print(f"\n{config.name}, {split}")
         print(format_table(summary_rows(result)))
-    print(f"\nmetrics and plots: {workdir}/evaluation/{{{','.join(results)}}}/")
+        if config.slices:
+            print(f"\n{format_table(slice_rows(result, config.slices))}")
+    splits = f"{{{','.join(results)}}}"
+    print(f"\nmetrics and plots: {workdir}/evaluation/{splits}/")
+    if SCORES.value:
+        print(f"scores: {SCORES.value}/{splits}.parquet")
 
 
 if __name__ == "__main__":

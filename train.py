@@ -42,7 +42,7 @@ def main(argv):
     from ctr_jax import processes
     from ctr_jax.describe import describe
     from ctr_jax.planner import parse_rows, plan
-    from ctr_jax.training import train
+    from ctr_jax.training import last_words, train
     from ctr_jax.writers import quiet_checkpoint_logs
 
     devices = CPU_DEVICES.value
@@ -71,7 +71,7 @@ def main(argv):
         processes.leave_broken(error)
     except Exception as error:
         processes.leave_unforeseen(error)
-    logging.info("done: %s", done)
+    logging.info(last_words(done, workdir))
 
 
 if __name__ == "__main__":

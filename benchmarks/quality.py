@@ -289,9 +289,14 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--against", help="a row: print paired differences to it as well")
     args = parser.parse_args()
+    path, known = _results_path(args.study), list(studies()[args.study])
+    for row in (*(args.rows or ()), *filter(None, [args.against])):
+        if row not in known:
+            sys.exit(f"{args.study} has no row {row!r}; there are: {'; '.join(known)}")
+    have = json.loads(path.read_text())["rows"] if path.exists() else {}
+    if args.table and not have:
+        sys.exit(f"{args.study} has no results yet: {path} is not there; run it without --table")
     if not args.table:
-        path = _results_path(args.study)
-        have = json.loads(path.read_text())["rows"] if path.exists() else {}
         wanted = args.rows or list(studies()[args.study])
         todo = [
             (row, int(seed))
@@ -314,6 +319,10 @@ def main() -> None:
                 pass
     print(table(args.study))
     if args.against:
+        have = json.loads(path.read_text())["rows"]
+        if args.against not in have:
+            there = "; ".join(have)
+            sys.exit(f"{args.study} has no results of {args.against!r} yet; there are: {there}")
         print("\n" + paired(args.study, args.against))
 
 

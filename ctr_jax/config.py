@@ -133,7 +133,8 @@ def base_config() -> ConfigDict:
     config.validate = True
     config.keep_last = 2
     config.best_metric = "valid/auc"
-    config.slices = ()  # "candidate/<name>", "user/<name>": metrics by that column as well
+    # "candidate/<name>", "user/<name>", "context/<name>": metrics by that column as well.
+    config.slices = ()
 
     config.mesh = ConfigDict({"data": -1, "table": 1})
     config.profile_steps = 0  # > 0: trace that many steps, from the tenth after the start

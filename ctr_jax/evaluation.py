@@ -15,10 +15,12 @@ from ml_collections import ConfigDict
 from ctr_jax import processes, reports, sharding, steps
 from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
 from ctr_jax.config import MEASURES, check, identity, scoring
-from ctr_jax.data import open_data, pipeline, synthetic
+from ctr_jax.data import keys, open_data, pipeline, synthetic
 from ctr_jax.data.records import PreparedData
 from ctr_jax.metrics import ScoreLog
 from ctr_jax.optimizers import resolve_steps
+from ctr_jax.raw_values import RawValues
+from ctr_jax.score_files import write_scores
 from ctr_jax.writers import Progress, write_json
 
 POLL_SECONDS = 5.0
@@ -48,12 +50,12 @@ def score_split(
     plan = pipeline.eval_plan(requests, **read)
     progress = Progress(len(plan), 0, f"score {split}")
     share = sharding.data_share(mesh)
-    pending, candidates = None, []
+    pending, candidates, lengths = None, [], requests.history_lengths()
 
     def keep(batch, logits, planned):
         batch, logits = processes.whole(batch, logits, mesh)
         candidates.append(batch.candidate_mask[: len(planned.records)].sum(1))
-        scores.add(batch, logits)
+        scores.add(batch, logits, history_length=lengths[planned.records])
 
     for batch, planned in zip(pipeline.eval_batches(requests, **read, **share), plan, strict=True):
         logits = score_step(weights, sharding.put_batch(batch, mesh))
@@ -77,6 +79,7 @@ def evaluate(
     watch: bool = False,
     splits: Sequence[str] = ("valid", "test"),
     relative_to: str | Path | None = None,
+    scores: str | Path | None = None,
 ) -> dict:
     """Evaluates checkpoints of `workdir`: metrics/<step>.json, and results.json with plots in
     evaluation/<split>. On other data of the same vocabularies only the latter.
@@ -86,6 +89,7 @@ def evaluate(
         newest.
       watch: evaluate each checkpoint as it appears, until training is done.
       relative_to: another run's workdir, whose results RelaImpr is measured against.
+      scores: a directory for the scores themselves: <split>.parquet, of score_files.write_scores.
     Returns:
       {split: metrics} of the last step evaluated; also in evaluation/<split>/results.json.
     Raises:
@@ -93,15 +97,18 @@ def evaluate(
       Damaged: its files are not what was saved.
       ConfigMismatch: the checkpoint was made with another model, or data of another encoding.
       ConfigError: the page cannot mean what it says, or `relative_to` holds results of other rows.
+      DataError: `scores` are wanted, and the data set was prepared without raw keys.
     """
     check(config)
     data = open_data(config)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        return _evaluate(config, Path(workdir), data, mesh, step, watch, splits, relative_to)
+        return _evaluate(
+            config, Path(workdir), data, mesh, step, watch, splits, relative_to, scores
+        )
 
 
-def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> dict:
+def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to, scores) -> dict:
     unit = dict(batch_size=config.batch_size, examples=len(data.split("train")))
     experiment = steps.bind(config, data.spec, mesh, resolve_steps("total", config, **unit))
     score_step, shapes = steps.score_step(experiment), steps.state_shapes(experiment)
@@ -115,6 +122,9 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> 
         for split, path in baselines.items():
             about = {"data_hash": data.spec.content_hash, "split": split}
             reports.refuse_other_rows(about, reports.read_results(path), about)
+    if scores:
+        for name in ("users", *splits):
+            keys.file_of(data.path, name)  # likewise
     checkpoints = Checkpoints(workdir, read_only=True)
     for at in _new_steps(checkpoints) if watch else [chosen(checkpoints, step, config)]:
         with _marked(checkpoints, at):
@@ -130,12 +140,16 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to) -> 
                 split: score_split(config, data, split, mesh, score_step, weights, config.slices)
                 for split in splits
             }
-        results = {split: reports.evaluate_scores(log) for split, log in logs.items()}
+        raw = RawValues(data)
+        results = {split: reports.evaluate_scores(log, raw=raw) for split, log in logs.items()}
         measured = {split: headline(result) for split, result in results.items()}
         if saved["data"] == spec.content_hash:  # a checkpoint is chosen by its own data alone
             write_json(checkpoints.metrics_path(at), {**checkpoints.metrics(at), **measured})
         about = {"run": config.name, "step": at}
         about |= {"data_hash": spec.content_hash, "encoding_hash": spec.encoding_hash}
+        if scores and processes.first():
+            for split, log in logs.items():
+                write_scores(Path(scores) / f"{split}.parquet", data, split, log, **about)
         for split, result in results.items():
             if (oracle := oracle_auc(config, split)) is not None:
                 result["oracle_auc"] = oracle

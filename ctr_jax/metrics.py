@@ -63,13 +63,16 @@ class ScoreLog:
         """The number of candidates logged."""
         return self._count
 
-    def add(self, batch: RequestBatch, logits: Any, weights: Any = None) -> None:
+    def add(
+        self, batch: RequestBatch, logits: Any, weights: Any = None, history_length: Any = None
+    ) -> None:
         """Logs one batch.
 
         Args:
           batch: arrays on the host or the device.
           logits: [B, C] of any float type; kept as float32, or float64 if they are.
           weights: [B, C] non-negative weights; on every call or on none.
+          history_length: [B] behaviours that each request may see; None = the batch's, at most L.
         Raises:
           ValueError: a shape differs from candidate_mask's, a valid logit is not finite (the first
             request id is named), a label is not 0/1, or the batch lacks a slice column.
@@ -90,8 +93,9 @@ class ScoreLog:
         new = {name: value[mask] for name, value in parts.items()}
         new["user_id"] = np.asarray(batch.user_id)[rows]
         new["request_id"] = np.asarray(batch.request_id)[rows]
-        lengths = np.asarray(batch.behaviour_mask).sum(axis=1, dtype=np.int32)
-        new["history_length"] = lengths[rows]
+        if history_length is None:
+            history_length = np.asarray(batch.behaviour_mask).sum(axis=1)
+        new["history_length"] = np.asarray(history_length, np.int32)[rows]
         for key in self.slices:
             group, name = key.split("/", 1)
             if name not in getattr(batch, group):

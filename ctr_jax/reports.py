@@ -15,6 +15,7 @@ import numpy as np
 from ctr_jax import metrics
 from ctr_jax.config import ConfigError
 from ctr_jax.metrics import GroupAUC, ScoreLog
+from ctr_jax.raw_values import RawValues
 from ctr_jax.writers import write_json
 
 # GAUC by request, and by user within a slice, is n/a where two-class groups hold less than this
@@ -31,6 +32,7 @@ def evaluate_scores(
     history_edges: Sequence[int] = HISTORY_EDGES,
     max_values: int = 20,
     bins: int = 20,
+    raw: RawValues | None = None,
 ) -> dict[str, Any]:
     """Every metric of one evaluation, ready for JSON.
 
@@ -42,6 +44,7 @@ def evaluate_scores(
       max_values: a column with more values keeps its most frequent ones, the rest is "other".
         A float column is cut into five bins of equal size.
       bins: number of reliability bins; 0 for none.
+      raw: names the values of slices by the raw log's; None leaves ids as they are.
     Returns:
       count, positives, auc, auc_standard_error (None if weighted), gauc_user and gauc_request
       (present where the ids are; each with _coverage, _groups, _groups_left_out and
@@ -78,7 +81,7 @@ def evaluate_scores(
         results |= _flat("gauc_request", by_request)
     results["reliability"] = metrics.reliability_bins(rows["labels"], rows["logits"], weights, bins)
     results["slices"] = {
-        name: _slice_metrics(name, rows, history_edges, max_values)
+        name: _slice_metrics(name, rows, history_edges, max_values, raw)
         for name in (wanted if len(rows["labels"]) else ())
     }
     return results
@@ -107,13 +110,13 @@ def _flat(name: str, grouped: GroupAUC) -> dict[str, Any]:
 
 
 def _slice_metrics(
-    name: str, rows: Mapping[str, np.ndarray], history_edges: Sequence[int], max_values: int
+    name: str, rows: Mapping[str, np.ndarray], history_edges: Sequence[int], max_values: int, raw
 ) -> dict[str, dict[str, Any]]:
     values = rows[name]
     if name == "history_length":
         index, names = _history_buckets(values, history_edges)
     else:
-        index, names = _value_buckets(values, max_values)
+        index, names = _value_buckets(name, values, max_values, raw)
     order = np.argsort(index, kind="stable")  # a radix sort: the index is 16 bits wide
     bounds = np.searchsorted(index[order], np.arange(len(names) + 1))
     results = {}
@@ -138,17 +141,21 @@ def _history_buckets(lengths: np.ndarray, edges: Sequence[int]) -> tuple[np.ndar
     return index.astype(np.uint16), [*names, f"{edges[-1]}+"]
 
 
-def _value_buckets(values: np.ndarray, max_values: int) -> tuple[np.ndarray, list[str]]:
+def _value_buckets(
+    name: str, values: np.ndarray, max_values: int, raw: RawValues | None
+) -> tuple[np.ndarray, list[str]]:
     if values.dtype.kind == "f":
         edges = np.unique(np.sort(values)[np.arange(1, 5) * len(values) // 5])
-        ends = ["-inf", *(f"{edge:.4g}" for edge in edges), "inf"]
+        shown = edges if raw is None else raw.decode(name, edges)
+        ends = ["-inf", *(f"{edge:.4g}" for edge in shown), "inf"]
         names = [f"{i}: [{a}, {b})" for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))]
         return np.searchsorted(edges, values, side="right").astype(np.uint16), names
     distinct, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
     top = np.sort(np.argsort(-count, kind="stable")[:max_values])
     place = np.full(len(distinct), len(top), np.uint16)
     place[top] = np.arange(len(top))
-    return place[inverse], [*(str(v) for v in distinct[top]), "other"]
+    names = map(str, distinct[top]) if raw is None else raw.names(name, distinct[top])
+    return place[inverse], [*names, "other"]
 
 
 def write_results(path: Path | str, results: Mapping[str, Any], **about: Any) -> Path:
@@ -298,6 +305,16 @@ def summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def slice_rows(results: Mapping[str, Any], slices: Iterable[str]) -> list[dict[str, Any]]:
+    """The results by slice, a row for each value, for `format_table`."""
+    shown = ("count", "auc", "gauc_user", "logloss", "calibration")
+    return [
+        {"slice": key, "value": value} | {name: part.get(name) for name in shown}
+        for key in slices
+        for value, part in results["slices"].get(key, {}).items()
+    ]
+
+
 def _figure(results: Mapping[str, Any], title: str, **subplots: Any):
     """A figure on the Agg canvas (no pyplot, no global state), titled, and its axes."""
     # Imported here so that training, which only evaluates, does not pay for matplotlib.
@@ -376,7 +393,9 @@ def plot_history(results: Mapping[str, Any], path: Path | str) -> Path:
     counts = [part["count"] for part in parts]
     bars = bottom.bar(x, counts, width=0.6, color=GREY)
     bottom.bar_label(bars, [f"{count:,}" for count in counts], padding=2, fontsize=8)
-    bottom.set(xlabel="behaviours in the history", ylabel="candidates", xlim=(-0.6, len(x) - 0.4))
+    bottom.set(
+        xlabel="behaviours that the request may see", ylabel="candidates", xlim=(-0.6, len(x) - 0.4)
+    )
     bottom.set_ylim(0, 1.25 * max(counts))
     bottom.set_xticks(x, names)
     figure.savefig(path, format="png")

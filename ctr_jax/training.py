@@ -39,7 +39,8 @@ def train(config: ConfigDict, workdir: str | Path, *, resume_anyway: bool = Fals
       resume_anyway: take a checkpoint of another configuration; its arrays and vocabularies still
         have to fit.
     Returns:
-      {"step", "seconds", "examples_per_second", "valid": metrics of the last checkpoint}.
+      {"step", "seconds", "examples_per_second", "valid": metrics of the last checkpoint that was
+      measured and its "step", {} where none was}; and "stopped": True where SIGTERM ended it.
     Raises:
       ConfigError: the page cannot mean what it says.
       ConfigMismatch: the workdir's checkpoints belong to another model, data set or optimizer, or
@@ -113,6 +114,7 @@ def _train(
     window, profile = _Window(config, requests), _Profile(workdir, config.profile_steps)
     due = lambda step: step % checkpoint_every == 0 or step == total  # noqa: E731
     valid, began = checkpoints.metrics(start).get("valid", {}), time.perf_counter()
+    valid = valid and {"step": start, **valid}
     stopped, step = False, start
 
     def measure(step: int, state: dict) -> dict:
@@ -122,7 +124,7 @@ def _train(
             # Beside what an evaluator may have measured before a restart.
             write_json(checkpoints.metrics_path(step), checkpoints.metrics(step) | {"valid": found})
         progress.report(step, _one_line(_scalars("valid", found)))
-        return found
+        return {"step": step, **found}
 
     with Preemption() as preemption, contextlib.ExitStack() as closing:
         for resource in (checkpoints, writer, progress, profile):
@@ -165,7 +167,18 @@ def _train(
         done = {**finished, "valid": valid or finished["valid"]}
     if processes.first() and not stopped:
         write_json(done_path, done)
-    return done
+    return {**done, "stopped": True} if stopped else done
+
+
+def last_words(done: dict, workdir: str | Path) -> str:
+    """What a run says of itself at its end, of what `train` returned."""
+    if not done.get("stopped"):
+        return f"done: {done}"
+    measured = f"; validation was last of step {done['valid']['step']}" if done["valid"] else ""
+    return (
+        f"stopped by SIGTERM at step {done['step']}, which is saved in {workdir}{measured}; the "
+        "same command goes on from there"
+    )
 
 
 def _log_other_end(config: ConfigDict, start: int, total: int, before: int | None) -> None:

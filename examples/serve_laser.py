@@ -20,6 +20,7 @@ from ml_collections import config_flags
 import seqvault
 from ctr_jax import serving, steps
 from ctr_jax.data import open_data
+from ctr_jax.writers import quiet_checkpoint_logs
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What was trained.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Of the training run (runs/<config name>).")
@@ -28,6 +29,7 @@ CANDIDATES = flags.DEFINE_integer("candidates", 100, "Scored per request.")
 
 def main(argv):
     del argv
+    quiet_checkpoint_logs()
     config = CONFIG.value
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
     data = open_data(config)

@@ -169,3 +169,4 @@ def test_a_behaviour_appended_a_moment_ago_changes_the_scores(tmp_path):
     assert served.returncode == 0, served.stderr[-2000:]
     assert "3 behaviours appended, durably" in served.stdout
     assert "all candidates moved by" in served.stdout
+    assert "Restor" not in served.stderr  # Orbax's account of it

@@ -27,7 +27,7 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tqdm import tqdm
 
 import seqvault
-from ctr_jax.data import given_vocabularies, raw, vocabulary
+from ctr_jax.data import given_vocabularies, keys, raw, vocabulary
 from ctr_jax.data import histories as histories_lib
 from ctr_jax.data import requests as requests_lib
 from ctr_jax.data.column_checks import check_columns
@@ -160,6 +160,8 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
 
         encoders = self.encoders(directory / VOCABULARIES, dense)
         encoded_users = requests_lib.encode_users(con, encoders["user"])
+        keys.write_users(con, "user_ids", directory)
+        request_type = keys.request_type(con, plan)
         dtype = record_dtype(self.spec())
         groups = requests_lib.group_sizes(con, plan, by_context=True)
         if groups != sizes:
@@ -171,8 +173,9 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
                 con, plan, split, encoders["row"], encoded_users, dtype, directory / HISTORIES,
                 ends, first,
             )  # fmt: skip
-            blocks = (block for _, block in records)
-            prepared[split] = (count, self.watched(split, count, blocks))
+            blocks = ((block, raw_keys) for _, block, raw_keys in records)
+            records = keys.written(directory, split, request_type, blocks)
+            prepared[split] = (count, self.watched(split, count, records))
             first += report["requests"][split]
         return prepared
 

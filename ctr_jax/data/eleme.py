@@ -26,7 +26,7 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from ctr_jax.data import raw, vocabulary
+from ctr_jax.data import keys, raw, vocabulary
 from ctr_jax.data import requests as requests_lib
 from ctr_jax.data.builder import VOCABULARIES, PreparedBuilder, Report, check_splits
 from ctr_jax.data.errors import DataError
@@ -226,13 +226,13 @@ class Eleme(PreparedBuilder, skip_registration=True):
         report["impressions"] = report["requests"] = {s: sum(c.values()) for s, c in sizes.items()}
         report["group_sizes"] = sizes
         report["history_lengths"] = {}
+        keys.write_users(con, "user_ids", directory)
         dtype = record_dtype(self.spec())
         prepared, first = {}, 0
         for split in requests_lib.SPLITS:
             count = report["requests"][split]
-            records = inline_records(
-                con, plan, split, encoders, dtype, self._timediff, NULLS, first
-            )
+            blocks = inline_records(con, plan, split, encoders, dtype, self._timediff, NULLS, first)
+            records = keys.written(directory, split, keys.request_type(con, plan), blocks)
             prepared[split] = (count, self.watched(split, count, records))
             first += count
         return prepared

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ctr_jax.data.keys import RecordKeys
 from ctr_jax.data.plan import Plan
 from ctr_jax.data.requests import BATCH_ROWS
 from ctr_jax.data.vocabulary import Encoder
@@ -26,7 +27,7 @@ def inline_records(
     timediff: tuple[float, int],
     nulls: Sequence[str],
     first_request: int,
-) -> Iterator[np.ndarray]:
+) -> Iterator[tuple[np.ndarray, RecordKeys]]:
     """Records of one split with their histories, in the order of (request time, user, row).
 
     `placed` has, beside its usual columns, timediff_list, hours_list and one "list/<name>" per
@@ -43,7 +44,7 @@ def inline_records(
     select = ", ".join(encoders[f.key].sql("i") for f in fields)
     lists = ", ".join(f'i."list/{f.name}"' for f in plan.group("behaviour"))
     query = f"""
-        SELECT u."user", i.time, i.label, i.timediff_list, i.hours_list, {lists}, {select}
+        SELECT u."user", i.time, i.label, i.seq, i.timediff_list, i.hours_list, {lists}, {select}
         FROM placed i JOIN user_ids u USING (user_key)
         WHERE i.split = '{split}' ORDER BY i.order_time, u."user", i.seq"""
     for batch in con.cursor().sql(query).to_arrow_reader(BATCH_ROWS // 8):
@@ -63,7 +64,7 @@ def inline_records(
             else:
                 records[field.key] = values
         _fill_histories(records, batch, plan, encoders, timediff, nulls)
-        yield records
+        yield records, RecordKeys(None, batch["seq"].to_numpy()[:, None])
 
 
 def _fill_histories(

@@ -15,6 +15,7 @@ import numpy as np
 
 import seqvault
 from ctr_jax.data.errors import DataError
+from ctr_jax.data.keys import NO_ROW, RecordKeys
 from ctr_jax.data.plan import Plan
 from ctr_jax.data.sql import from_parquet
 from ctr_jax.data.vocabulary import Encoder
@@ -249,13 +250,13 @@ def split_records(
     histories: Path,
     ends: Path,
     first_request: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, RecordKeys]]:
     """Records of one split in the order of (request time, user, request), in structured arrays.
 
     Candidates are in file order. Requests are numbered from `first_request`.
 
     Yields:
-      request_order [N] and the records [N].
+      request_order [N], the records [N] and their raw keys.
     """
     select = "".join(f", {e.sql('i')}" for e in encoders)
     end, join = "", ""
@@ -264,7 +265,7 @@ def split_records(
     keys = ['u."user"' if k == "user_key" else f"i.{k}" for k in _GROUP[plan.request]]
     groups = keys + (_contexts(plan, "i") if plan.request != "event" else [])
     query = f"""
-        SELECT u."user", i.request_time, i.label {select} {end},
+        SELECT u."user", i.request_time, i.label, i.seq {select} {end},
             {", ".join(f"{k} AS g{n}" for n, k in enumerate(groups))}
         FROM placed i JOIN user_ids u USING (user_key) {join}
         WHERE i.split = '{split}' ORDER BY {", ".join(groups)}, i.seq"""
@@ -286,13 +287,13 @@ def split_records(
         if last:
             done = {n: c[:last] for n, c in rows.items()}
             numbers = request + np.cumsum(new_request[:last]) - 1
-            records = _fill(done, numbers, len(groups), plan, users, dtype, histories)
-            yield _order(done, numbers, records), records
+            records, raw_keys = _fill(done, numbers, len(groups), plan, users, dtype, histories)
+            yield _order(done, numbers, records), records, raw_keys
             request = int(numbers[-1]) + 1
     if carry:
         numbers = np.full(len(carry["user"]), request)
-        records = _fill(carry, numbers, len(groups), plan, users, dtype, histories)
-        yield _order(carry, numbers, records), records
+        records, raw_keys = _fill(carry, numbers, len(groups), plan, users, dtype, histories)
+        yield _order(carry, numbers, records), records, raw_keys
 
 
 def _order(rows: dict[str, np.ndarray], numbers: np.ndarray, records: np.ndarray) -> np.ndarray:
@@ -317,7 +318,7 @@ def _fill(
     users: Mapping[str, np.ndarray],
     dtype: np.dtype,
     histories: Path,
-) -> np.ndarray:
+) -> tuple[np.ndarray, RecordKeys]:
     """Structured records of whole requests; `numbers` [N] are the rows' request ids."""
     c, n = plan.max_candidates, len(numbers)
     start = np.flatnonzero(_changes([rows[f"g{g}"] for g in range(num_groups)]))
@@ -346,4 +347,7 @@ def _fill(
         records[field.key][record, slot] = rows[field.key]
     records["label"][record, slot] = rows["label"]
     records["num_candidates"] = np.bincount(record, minlength=len(records))
-    return records
+    raw_rows = np.full((len(head), c), NO_ROW)
+    raw_rows[record, slot] = rows["seq"]
+    request = rows["g2"][head] if plan.request == "key" else None  # _GROUP["key"][2]
+    return records, RecordKeys(request, raw_rows)

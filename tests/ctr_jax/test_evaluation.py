@@ -2,14 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
-from ctr_jax import evaluation
+from ctr_jax import evaluation, metrics
 from ctr_jax.checkpoints import Checkpoints, ConfigMismatch
 from ctr_jax.config import ConfigError
-from ctr_jax.data import open_data
+from ctr_jax.data import keys, open_data
+from ctr_jax.data.errors import DataError
 from ctr_jax.evaluation import evaluate
 from ctr_jax.training import train
 from ctr_jax.writers import write_json
@@ -33,6 +37,58 @@ def test_evaluation_is_exact_whatever_the_batch(small_config, tmp_path):
         for split in first:
             np.testing.assert_allclose(again[split]["logloss"], first[split]["logloss"], rtol=1e-6)
             np.testing.assert_allclose(again[split]["auc"], first[split]["auc"], atol=1e-4)
+
+
+def test_slices_are_of_raw_values_and_of_all_that_a_request_may_see(small_config, tmp_path):
+    small_config.slices, small_config.length_buckets = ("user/age", "candidate/category"), (4, 12)
+    small_config.total_steps = small_config.checkpoint_steps = 1
+    train(small_config, tmp_path)
+    slices = evaluate(small_config, tmp_path, splits=("test",))["test"]["slices"]
+    log = pq.read_table(Path(small_config.data.raw_dir) / "events.parquet").to_pandas()
+    before = log.groupby("user").cumcount()  # the log is sorted by user and time
+    of_test = log.ts >= 1_000_000_000 + 15 * 86400
+
+    def counted(values):
+        return {str(value): n for value, n in values[of_test].value_counts().sort_index().items()}
+
+    def found(parts):
+        return {value: part["count"] for value, part in sorted(parts.items())}
+
+    assert found(slices["candidate/category"]) == counted(log.category)
+    assert found(slices["user/age"]) == counted(log.user % 5)
+    names = pd.cut(before, [-1, 0, 9, 19, 49], labels=["0", "1-9", "10-19", "20-49"])
+    expected = {name: n for name, n in counted(names).items() if n}
+    assert found(slices["history_length"]) == expected and expected["20-49"] > 12
+    assert slices["history_length"]["20-49"]["max"] == 29 > small_config.history_length
+
+
+def test_scores_are_written_beside_raw_keys(small_config, tmp_path, monkeypatch):
+    small_config.total_steps = small_config.checkpoint_steps = 1
+    train(small_config, tmp_path)
+    log = pq.read_table(Path(small_config.data.raw_dir) / "events.parquet").to_pandas()
+    tables = []
+    for i, buckets in enumerate(((), (4, 12))):
+        small_config.length_buckets = buckets
+        directory = tmp_path / f"scores-{i}"
+        results = evaluate(small_config, tmp_path, scores=directory)
+        assert sorted(p.name for p in directory.iterdir()) == ["test.parquet", "valid.parquet"]
+        tables.append(pq.read_table(directory / "test.parquet"))
+    assert tables[0].schema.metadata[b"step"] == b"1"
+    scores, again = (table.to_pandas() for table in tables)
+    rows = log.loc[scores.row]
+    assert scores.user.tolist() == rows.user.tolist()
+    assert scores.request_time.tolist() == rows.ts.tolist() and scores.request.isna().all()
+    assert scores.label.tolist() == (rows.rating >= 4).tolist()
+    assert scores.record.tolist() == list(range(len(scores))) and not scores.position.any()
+    auc = metrics.auc(scores.label, again.logit.to_numpy(np.float32))
+    assert auc == results["test"]["auc"] and scores.probability.dtype == np.float32
+    np.testing.assert_allclose(scores.logit, again.logit, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores.probability, 1 / (1 + np.exp(-scores.logit)), rtol=1e-6)
+
+    monkeypatch.setattr(keys, "KEYS", "none")
+    monkeypatch.setattr(evaluation, "score_split", None)  # said before anything is scored
+    with pytest.raises(DataError, match="prepare it again"):
+        evaluate(small_config, tmp_path, scores=tmp_path / "scores")
 
 
 def test_the_best_step_is_chosen_and_a_missing_one_named(small_config, tmp_path):

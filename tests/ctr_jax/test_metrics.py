@@ -367,6 +367,16 @@ def test_score_log_keeps_valid_candidates_only(dtype):
     assert found["logits"].dtype == (np.float64 if dtype is np.float64 else np.float32)
 
 
+def test_score_log_takes_the_lengths_of_whole_histories():
+    batch = make_batch(np.random.default_rng(9), b=6, c=4)
+    batch = batch.replace(candidate_mask=batch.candidate_mask & (np.arange(6) < 5)[:, None])
+    lengths = 1000 + np.arange(5)  # none of the last row, which is padding
+    log = metrics.ScoreLog()
+    log.add(batch, np.zeros((6, 4)), history_length=lengths)
+    rows = np.nonzero(batch.candidate_mask)[0]
+    assert log.columns()["history_length"].tolist() == (1000 + rows).tolist()
+
+
 def test_score_log_refuses_what_it_cannot_count():
     rng = np.random.default_rng(8)
     batch = make_batch(rng).replace(candidate_mask=np.ones((6, 4), bool), label=np.ones((6, 4)))

@@ -89,6 +89,31 @@ def test_every_slice_equals_the_metrics_of_its_rows(weighted):
     json.dumps(results, allow_nan=False)
 
 
+def test_slices_are_named_by_what_they_stand_for():
+    class Raw:
+        def names(self, name, ids):
+            return [f"{name} {10 * i}" for i in ids]
+
+        def decode(self, name, values):
+            return values * 100.0 + 5
+
+    columns = make_scores()
+    plain = reports.evaluate_scores(columns)["slices"]
+    named = reports.evaluate_scores(columns, raw=Raw())["slices"]
+    assert list(named["context/pid"]) == [f"context/pid {10 * i}" for i in (3, 4, 5)]
+    assert list(named["candidate/brand"])[-1] == "other"
+    edges = np.quantile(columns["candidate/price"], 0.2, method="higher") * 100 + 5
+    low, high = list(named["candidate/price"])[0].split("[")[1][:-1].split(", ")
+    assert low == "-inf" and float(high) == pytest.approx(edges, rel=1e-2)
+    assert named["history_length"] == plain["history_length"]
+    rows = reports.slice_rows({"slices": named}, ("context/pid", "candidate/price"))
+    assert [row["value"] for row in rows] == [*named["context/pid"], *named["candidate/price"]]
+    assert rows[0]["slice"] == "context/pid" and rows[0]["auc"] == plain["context/pid"]["3"]["auc"]
+    assert "context/pid 30" in reports.format_table(rows)
+    for name in ("context/pid", "candidate/brand", "candidate/price"):
+        assert list(named[name].values()) == list(plain[name].values())
+
+
 def test_the_order_of_rows_and_the_float_width_do_not_matter():
     columns = make_scores()
     shuffle = np.random.default_rng(1).permutation(4000)

@@ -20,7 +20,7 @@ from ctr_jax.checkpoints import Checkpoints, ConfigMismatch, SaveFailed
 from ctr_jax.data import pipeline
 from ctr_jax.evaluation import evaluate
 from ctr_jax.manifests import Damaged
-from ctr_jax.training import train
+from ctr_jax.training import last_words, train
 from tests.ctr_jax.test_checkpoints import IDENTITY, make_state, shapes
 from tests.ctr_jax.test_training import final_state, log_lines
 from tests.test_commands import ROOT, command, config_file, run  # noqa: F401
@@ -154,7 +154,8 @@ def test_a_checkpoint_that_a_killed_run_did_not_measure_is_measured(small_config
         done = train(small_config, workdir)
         for name in ("metrics/3.json", "metrics/6.json")[ended_at == 6 :]:
             assert (workdir / name).read_text() == (tmp_path / "whole" / name).read_text()
-        assert done["valid"] == json.loads((workdir / "metrics/6.json").read_text())["valid"]
+        measured = json.loads((workdir / "metrics/6.json").read_text())["valid"]
+        assert done["valid"] == {"step": 6, **measured}
 
 
 def test_a_table_of_measures_that_cannot_be_read_is_not_measured(tmp_path, caplog):
@@ -253,9 +254,14 @@ def test_sigterm_saves_the_running_step_and_stops(small_config, tmp_path, monkey
     stopped = train(small_config, tmp_path / "stopped")
     assert signal.getsignal(signal.SIGTERM) is before
     assert stopped["step"] == 2 and not (tmp_path / "stopped" / "train_done.json").exists()
+    says = last_words(stopped, "run")
+    assert says.startswith("stopped by SIGTERM at step 2, which is saved in run; the same command")
+    measured = last_words({**stopped, "valid": {"step": 1, "auc": 0.5}}, "run")
+    assert "validation was last of step 1;" in measured
     monkeypatch.setattr(pipeline, "train_batches", batches)
     finished = train(small_config, tmp_path / "stopped")
     assert finished["step"] == 6 and finished["valid"] == whole["valid"]
+    assert finished["valid"]["step"] == 6 and last_words(finished, "run").startswith("done: {'step")
     states = [final_state(small_config, tmp_path / name) for name in ("whole", "stopped")]
     jax.tree.map(np.testing.assert_array_equal, *states)
     steps = [r["step"] for r in log_lines(tmp_path / "stopped") if "loss" in r]

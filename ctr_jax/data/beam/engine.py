@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions
 
 import seqvault
+from ctr_jax.data import keys, vocabulary
 from ctr_jax.data import requests as requests_lib
-from ctr_jax.data import vocabulary
 from ctr_jax.data.beam import rows, shards
 from ctr_jax.data.beam.merging import merged
 from ctr_jax.data.builder import SCRATCH, VOCABULARIES, PreparedBuilder, Report, check_splits
@@ -81,12 +81,14 @@ def prepare_splits(
     history_hash = _merge_histories(job, con, plan, directory / HISTORIES)
     builder._digest.update(history_hash.encode())
     builder.report_counts(directory, known, sizes)
+    keys.write_users(con, "all_users", directory)
 
     dtype = record_dtype(builder.spec())
     prepared, first = {}, 0
     for split in requests_lib.SPLITS:
         count = requests_lib.num_records(groups[split], plan.max_candidates)
-        records = _merge_records(job, split, dtype, first)
+        blocks = _merge_records(job, split, dtype, first)
+        records = keys.written(directory, split, keys.request_type(con, plan), blocks)
         prepared[split] = (count, builder.watched(split, count, records))
         first += report["requests"][split]
     return prepared
@@ -294,7 +296,8 @@ def _number_users(job: rows.Job, con: duckdb.DuckDBPyConnection) -> None:
     con.execute(
         """
         CREATE OR REPLACE TABLE all_users AS
-        SELECT shard, CAST(row_number() OVER (ORDER BY user_key) - 1 AS INTEGER) AS "user"
+        SELECT shard, user_key,
+               CAST(row_number() OVER (ORDER BY user_key) - 1 AS INTEGER) AS "user"
         FROM read_parquet(?)""",
         [files],
     )
@@ -315,12 +318,12 @@ def _merge_histories(job: rows.Job, con: duckdb.DuckDBPyConnection, plan: Plan, 
 
 def _merge_records(
     job: rows.Job, split: str, dtype: np.dtype, first_request: int
-) -> Iterator[np.ndarray]:
-    """The records of one split, in order, with the numbers of their requests."""
+) -> Iterator[tuple[np.ndarray, keys.RecordKeys]]:
+    """The records of one split, in order, with the numbers of their requests; their raw keys."""
     streams = (shards.scan_records(job, shard, split, dtype) for shard in range(job.shards))
     last = first_request - 1
     for block in merged(streams, ("order", "user")):
         records = block["record"].copy()
         records["request_id"] = last + np.cumsum(block["new"])
         last = int(records["request_id"][-1])
-        yield records
+        yield records, keys.RecordKeys(block.get("request"), block["rows"])

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 import seqvault
 from ctr_jax.data import histories as histories_lib
+from ctr_jax.data import keys, vocabulary
 from ctr_jax.data import requests as requests_lib
-from ctr_jax.data import vocabulary
 from ctr_jax.data.beam.merging import Block
 from ctr_jax.data.beam.rows import Job, appearing, local_database, open_shard, write_result
 from ctr_jax.data.column_checks import check_columns
@@ -109,7 +109,8 @@ class Encode(beam.DoFn):
     """shard -> nothing; writes its histories and, by split, its records in their order.
 
     Users are numbered within the shard in the same order as in the whole log; the files of records
-    (order, user, new, record) carry their numbers in the log, `new` marking a request's first.
+    (order, user, new, record) carry their numbers in the log, `new` marking a request's first, and
+    beside them stand the raw keys (rows, and request where requests have keys).
     """
 
     def __init__(
@@ -144,14 +145,18 @@ class Encode(beam.DoFn):
                 records = requests_lib.split_records(
                     con, plan, split, encoders["row"], users, dtype, directory / HISTORIES, ends, 0
                 )
-                _write_records(directory / f"{split}.parquet", records, numbers)
+                kind = keys.request_type(con, plan)
+                _write_records(directory / f"{split}.parquet", records, numbers, kind)
 
 
 def _write_records(
-    path: Path, blocks: Iterator[tuple[np.ndarray, np.ndarray]], numbers: np.ndarray
+    path: Path,
+    blocks: Iterator[tuple[np.ndarray, np.ndarray, keys.RecordKeys]],
+    numbers: np.ndarray,
+    request_type: pa.DataType,
 ) -> None:
     writer, last = None, -1  # the request before the block
-    for order, records in blocks:
+    for order, records, raw_keys in blocks:
         ids = records["request_id"].copy()
         new = np.diff(ids, prepend=last) != 0
         last = int(ids[-1])
@@ -161,7 +166,12 @@ def _write_records(
         data = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(size), len(records), [None, pa.py_buffer(records.tobytes())]
         )
-        table = pa.table({"order": order, "user": records["user"], "new": new, "record": data})
+        columns = {"order": order, "user": records["user"], "new": new, "record": data}
+        candidates = raw_keys.rows.shape[1]
+        columns["rows"] = pa.FixedSizeListArray.from_arrays(raw_keys.rows.reshape(-1), candidates)
+        if raw_keys.request is not None:
+            columns["request"] = pa.array(raw_keys.request, request_type)
+        table = pa.table(columns)
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table, row_group_size=SCAN_ROWS)
     if writer is not None:
@@ -184,7 +194,7 @@ def scan_histories(job: Job, shard: int) -> Iterator[Block]:
 
 
 def scan_records(job: Job, shard: int, split: str, dtype: np.dtype) -> Iterator[Block]:
-    """A shard's records of one split with their order, user and whether a request begins."""
+    """A shard's records of one split with order, user, raw keys and whether a request begins."""
     path = by_user(job, "encoded", shard) / f"{split}.parquet"
     if path.is_file():
         with pq.ParquetFile(path) as file:
@@ -192,10 +202,13 @@ def scan_records(job: Job, shard: int, split: str, dtype: np.dtype) -> Iterator[
                 data = batch["record"]
                 start = data.offset * dtype.itemsize
                 stop = start + len(data) * dtype.itemsize
-                yield {
-                    "order": batch["order"].to_numpy(),
-                    "user": batch["user"].to_numpy(),
-                    "new": batch["new"].to_numpy(zero_copy_only=False),
+                plain = {
+                    name: batch[name].to_numpy(zero_copy_only=False)
+                    for name in ("order", "user", "new", "request")
+                    if name in batch.schema.names
+                }
+                yield plain | {
+                    "rows": batch["rows"].flatten().to_numpy().reshape(len(batch), -1),
                     "record": np.frombuffer(data.buffers()[1], np.uint8)[start:stop].view(dtype),
                 }
 

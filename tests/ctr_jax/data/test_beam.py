@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from ctr_jax.data import synthetic
+from ctr_jax.data import requests, synthetic
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.prepare import prepare
 from ctr_jax.data.prepare_beam import prepare_beam
@@ -32,6 +33,10 @@ def assert_same(first: Path, second: Path) -> None:
     reports = [json.loads((path / "report.json").read_text()) for path in (first, second)]
     assert reports[0] == reports[1]
     assert files(first) == files(second)
+    for name in ("users", *requests.SPLITS):
+        assert pq.read_table(first / "keys" / f"{name}.parquet").equals(
+            pq.read_table(second / "keys" / f"{name}.parquet")
+        )
     assert PreparedData.open(second).histories.verify() == []
 
 

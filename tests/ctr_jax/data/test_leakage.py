@@ -102,9 +102,9 @@ def test_a_preparation_that_lets_the_target_in_is_caught(tmp_path, monkeypatch, 
     fill = requests_lib._fill
 
     def mutant(*arguments):
-        records = fill(*arguments)
+        records, raw_keys = fill(*arguments)
         records["end"] += 1
-        return records
+        return records, raw_keys
 
     monkeypatch.setattr(requests_lib, "_fill", mutant)
     auc, _ = probe(prepared(tmp_path, shuffled=True, ties=ties))

@@ -1,0 +1,94 @@
+"""examples/score_file.py: raw rows of the test split get the scores that eval.py gives them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from ctr_jax.data.errors import DataError
+from ctr_jax.evaluation import evaluate
+from ctr_jax.training import train
+from examples.score_file import score_file, seconds
+
+DAY = 86400
+
+
+@pytest.fixture
+def config(small_config):
+    """Requests of a user's day, whose other behaviours of that day they must not see."""
+    small_config.data.update(
+        dict(request=str(DAY), time_floor=DAY, ties="strict", max_candidates=3)
+    )
+    small_config.data.candidate["liked"] = "CASE WHEN rating > 1 THEN 'text ' || item % 3 END"
+    small_config.data.candidate["age"] = "user % 7"
+    small_config.data.kinds = {"candidate/age": "standard", "user/age": "quantile"}
+    small_config.total_steps = small_config.checkpoint_steps = 2
+    return small_config
+
+
+@pytest.fixture
+def raw(config):
+    """The raw log with the columns that the data set has, by their names."""
+    log = pq.read_table(Path(config.data.raw_dir) / "events.parquet").to_pandas()
+    log["liked"] = [f"text {item % 3}" for item in log["item"]]
+    log["candidate/age"], log["user/age"] = log["user"] % 7, log["user"] % 5
+    return log
+
+
+def scored(config, workdir, table, kind="parquet"):
+    """`table` with its probabilities, by way of files of a kind."""
+    path, out = workdir / f"requests.{kind}", workdir / f"scored.{kind}"
+    write = pq.write_table if kind == "parquet" else pa.csv.write_csv
+    write(pa.Table.from_pandas(table, preserve_index=False), path)
+    assert score_file(config, workdir, path, out, user="user", time="ts") == len(table)
+    read = pq.read_table if kind == "parquet" else pa.csv.read_csv
+    return read(out).to_pandas()
+
+
+def test_raw_rows_of_the_test_split_get_its_scores(config, raw, tmp_path):
+    train(config, tmp_path)
+    evaluate(config, tmp_path, splits=("test",), scores=tmp_path / "scores")
+    expected = pq.read_table(tmp_path / "scores" / "test.parquet").to_pandas().set_index("row")
+    assert expected.position.max() == 2 and (expected.request_time % DAY == 0).all()
+    rows = raw[raw.index.isin(expected.index)]
+    assert len(rows) == len(expected) > 300
+    expected = expected.probability[rows.index].to_numpy()
+    for kind in ("parquet", "csv"):
+        found = scored(config, tmp_path, rows, kind)
+        assert list(found) == [*rows, "probability"]
+        assert found["item"].tolist() == rows["item"].tolist()
+        np.testing.assert_allclose(found["probability"], expected, rtol=1e-5)
+    # Histories matter, so that equal scores say that they are the same.
+    later = scored(config, tmp_path, rows.assign(ts=rows.ts + DAY))["probability"]
+    assert not np.allclose(later, expected, rtol=1e-5)
+
+    # An unknown user is one without behaviours.
+    unknown = scored(config, tmp_path, rows.assign(user=10**6 + rows.user))["probability"]
+    nothing = scored(config, tmp_path, rows.assign(ts=0))["probability"]
+    np.testing.assert_allclose(unknown, nothing, rtol=1e-6)
+
+    for table, says in (
+        (rows.drop(columns="item"), r"no columns \['item'\]; it has \['user', "),
+        (rows.assign(liked=1), "candidate/liked holds texts, such as 'text .*; 1 .int. is none"),
+        (rows.assign(user="a"), "user keys are .*string; those of the log are int64"),
+        (rows.assign(ts="1"), "times are .*string; use numbers or date-times"),
+        (rows.assign(ts=rows.ts * 1000), "times reach from .*; see data.time_unit"),
+        (rows.assign(probability=1.0), "has a column 'probability' already"),
+    ):
+        with pytest.raises(DataError, match=says):
+            scored(config, tmp_path, table)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_times_are_read_as_preparation_reads_them():
+    options = {"time_unit": "ms", "time_floor": 60}
+    assert seconds(pa.array([60_999, 119_999]), options).tolist() == [60, 60]
+    assert seconds(pa.array([60_999.5, 121_000.0]), options).tolist() == [60, 120]
+    for zone in (None, "Asia/Tokyo"):
+        moments = pa.array([61_000, 121_999], pa.timestamp("ms", zone))
+        assert seconds(moments, options).tolist() == [60, 120]
+    with pytest.raises(DataError, match="a time is missing"):
+        seconds(pa.array([1, None]), options)
