@@ -90,6 +90,8 @@ def measured_gap(config: ConfigDict, workdir: Path) -> dict:
             name,
             tables=weights["tables"],
             columns=experiment.columns,
+            dtype=config.dtype,
+            kernels=config.kernels,
         )
 
         def served(weights, batch):

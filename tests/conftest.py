@@ -1,6 +1,8 @@
 """Every test sees eight CPU devices, so that meshes of several shapes run on any machine."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 # Before jax looks for devices: the TPU compiler of the extra `test` needs none, and would be asked.
@@ -15,8 +17,10 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Tests that run the same step again, in this process or in one they start, compile it once.
-CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
-jax.config.update("jax_compilation_cache_dir", CACHE)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # it is in the workers that pytest starts
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
