@@ -32,7 +32,7 @@ from ml_collections import config_flags
 from ctr_jax import command_line, serving, steps
 from ctr_jax.data import keys, open_data
 from ctr_jax.data.errors import DataError
-from ctr_jax.data.events import UNITS
+from ctr_jax.data.event_times import UNITS
 from ctr_jax.metrics import sigmoid
 from ctr_jax.raw_values import RawValues
 from ctr_jax.writers import quiet_checkpoint_logs

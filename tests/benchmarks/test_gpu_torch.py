@@ -28,6 +28,7 @@ def test_all_forms_of_full_attention_are_one(rel):
         np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_torchs_forms_are_that_one_too():
     torch = pytest.importorskip("torch")
     from benchmarks import gpu_torch

@@ -39,7 +39,9 @@ def log():
 def data(log, tmp_path_factory):
     directory = tmp_path_factory.mktemp("raw_values")
     raw_logs.write(directory / "raw", log, "parquet")
-    how = dict(request="time", max_candidates=3, items="items.parquet", users="users.parquet")
+    how = dict(
+        request="time", max_candidates=3, item_table="items.parquet", user_table="users.parquet"
+    )
     return PreparedData.open(prepare(config(directory, buckets=4, **how, **COLUMNS)))
 
 

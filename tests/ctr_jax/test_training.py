@@ -58,8 +58,8 @@ def test_training_goes_on_while_a_save_is_written_and_the_save_is_of_its_step(
             waited.append(gone_on.wait(20))
         return mkdir(path, *args, **kwargs)
 
-    def watched(experiment):
-        step = train_step(experiment)
+    def watched(*arguments):
+        step = train_step(*arguments)
 
         def run(state, batch):
             third = int(state["step"]) == 2
