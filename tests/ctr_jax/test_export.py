@@ -86,7 +86,11 @@ def test_logits_are_those_of_the_library(small_config, model, tmp_path):
     from serve_exported import Model
 
     small_config.model = import_module(model).default_config()
-    small_config.model.embedding_width = 8
+    small = dict(
+        embedding_width=4, width=8, num_layers=1, num_heads=2, num_chunks=2, fusion_blocks=1
+    )
+    known = {name: size for name, size in small.items() if name in small_config.model}
+    small_config.model.update(known)
     small_config.loss.weights = {"non_negativity": 0.3} if "lrea" in model else {}
     small_config.total_steps = small_config.checkpoint_steps = 1
     train(small_config, tmp_path / "run")
