@@ -33,7 +33,7 @@ from ctr_jax.training import train
 from ctr_jax.writers import quiet_checkpoint_logs
 from kernels.absorbed_target_attention import FORMS
 from lrea_jax import low_rank
-from lrea_jax.serving import ServedModel, name_of, precompute, score
+from lrea_jax.serving import load, precompute, score
 
 
 def load_page(page: str) -> ConfigDict:
@@ -76,23 +76,13 @@ def gap(config: ConfigDict, args) -> list[dict]:
 
 def measured_gap(config: ConfigDict, workdir: Path) -> dict:
     """Differences between the trained path and serving, on the test split."""
-    experiment, weights, at = restore(config, workdir)
+    experiment, weights, _ = restore(config, workdir)
+    model = load(config, workdir)
     data = open_data(config)
     with jax.set_mesh(experiment.mesh):
         own = score_split(
             config, data, "test", experiment.mesh, steps.score_step(experiment), weights
         ).columns()
-        variables = {"params": weights["model"], **weights["model_state"]}
-        name = name_of(config.name, at, data.spec.content_hash, variables)
-        model = ServedModel(
-            experiment.model,
-            variables,
-            name,
-            tables=weights["tables"],
-            columns=experiment.columns,
-            dtype=config.dtype,
-            kernels=config.kernels,
-        )
 
         def served(weights, batch):
             del weights  # the model has them

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -40,6 +39,7 @@ from ctr_jax.batch import RequestBatch
 from ctr_jax.config import ConfigError
 from ctr_jax.data import open_data
 from ctr_jax.data.records import PreparedData
+from ctr_jax.data.vocabulary import standard
 from ctr_jax.features import GROUPS, DataSpec
 from ctr_jax.writers import write_json
 
@@ -210,8 +210,6 @@ def _inputs(data: PreparedData) -> list[dict]:
     quantile buckets where they are floats; or {"mean", "scale"} of a standardised one.
     """
     spec, of_group = data.spec, {"behaviour": "BL", "candidate": "BC", "user": "B", "context": "B"}
-    report = json.loads((data.path / "report.json").read_text())
-    standardised = report["standardised (mean, scale)"]
     inputs = [
         {"name": "request_time", "shape": "B", "dtype": "int32", "encoding": "seconds"},
         {"name": "behaviour_time", "shape": "BL", "dtype": "int32", "encoding": "seconds"},
@@ -221,8 +219,8 @@ def _inputs(data: PreparedData) -> list[dict]:
     for column in spec.columns:
         name, encoding, dtype = f"{column.group}/{column.name}", {}, "int32"
         if column.kind == "dense":
-            mean, scale = standardised[name]
-            encoding, dtype = {"mean": mean, "scale": scale}, "float32"
+            fitted = standard(data.path, name)
+            encoding, dtype = {"mean": fitted.mean, "scale": fitted.scale}, "float32"
         else:
             encoding = {"vocabulary": column.vocabulary}
         inputs.append(

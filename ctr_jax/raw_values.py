@@ -8,7 +8,6 @@ preparation fitted. `decode` goes the other way.
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.records import PreparedData
-from ctr_jax.data.vocabulary import Dense, Vocabulary
+from ctr_jax.data.vocabulary import Dense, Vocabulary, standard
 from ctr_jax.features import FIRST_KNOWN, MISSING, OOV, DataColumn
 
 
@@ -140,8 +139,7 @@ class RawValues:
 
     def _made(self, key: str, column: DataColumn) -> Vocabulary | Dense:
         if column.kind == "dense":
-            report = json.loads((self._data.path / "report.json").read_text())
-            return Dense(None, *report["standardised (mean, scale)"][key])
+            return standard(self._data.path, key)
         lower = self._table(column)["value"]
         if pa.types.is_floating(lower.type):
             return Dense(lower.to_numpy()[1:])  # the first is -inf

@@ -7,7 +7,6 @@ edges, means and scales are taken as they are; values that they do not know are 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -78,10 +77,8 @@ def take(
         lower = pq.read_table(path)["value"].to_numpy()
         dense[name] = vocabulary.Dense(lower[1:].astype(np.float64))
         sizes[name] = FIRST_KNOWN + len(lower)
-    if standard := [f.key for f in plan.fields if f.kind == "standard"]:
-        report = json.loads((source / "report.json").read_text())
-        for key in standard:
-            dense[key] = vocabulary.Dense(None, *report["standardised (mean, scale)"][key])
+    for key in (f.key for f in plan.fields if f.kind == "standard"):
+        dense[key] = vocabulary.standard(source, key)
     return sizes, dense, known
 
 

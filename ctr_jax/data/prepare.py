@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from ctr_jax.data import given_vocabularies
 from ctr_jax.data.errors import DataError
+from ctr_jax.data.options import COMMON
 from ctr_jax.data.raw_files import distinct_names
 
 BUILDERS = {
@@ -38,14 +39,7 @@ BUILDERS = {
 FORMAT = 4
 # Options that say where and how, not what: they do not change the prepared data set. Of the given
 # vocabularies their content counts.
-_NOT_CONTENT = (
-    "raw_dir",
-    "prepared_dir",
-    "memory_limit",
-    "threads",
-    "generate",
-    "vocabularies_from",
-)
+_NOT_CONTENT = tuple(name for name in COMMON if name != "builder")
 
 
 def prepare(config: ConfigDict, engine: Callable[..., Any] | None = None) -> Path:

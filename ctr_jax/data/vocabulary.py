@@ -8,6 +8,7 @@ standardised float32 values.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,6 +227,12 @@ def fit_standard(con: duckdb.DuckDBPyConnection, counts: str) -> Dense:
     mean = total(lambda v, n: v * n) / rows
     variance = total(lambda v, n: (v - mean) ** 2 * n) / rows
     return Dense(None, mean, math.sqrt(variance) or 1.0)
+
+
+def standard(path: Path, key: str) -> Dense:
+    """The mean and scale of a standardised column of the prepared data set in `path`."""
+    report = json.loads((path / "report.json").read_text())
+    return Dense(None, *report["standardised (mean, scale)"][key])
 
 
 def value_counts(plan: Plan, fields: list[Field]) -> str:
