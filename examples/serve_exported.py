@@ -42,20 +42,23 @@ class Model:
             self.functions[shape] = jax.tree_util.Partial(jax.jit(exported.call), weights)
 
     def encode(self, name: str, values: list) -> np.ndarray:
-        """Raw values of an input, None = missing, as the model takes them: [N] int32 or float32.
+        """Raw values of an input as the model takes them: [N] int32 or float32.
 
-        Values are numbers where the vocabulary's are, else texts.
+        Values are numbers where the vocabulary's are, else texts; None and NaN are missing, and
+        among texts "" and "nan".
         """
         encoding = self._inputs[name]["encoding"]
+        missing = np.array([v is None or v != v or v in ("", "nan") for v in values], bool)
         if "mean" in encoding:
-            known = [encoding["mean"] if v is None else v for v in values]
-            return np.float32((np.array(known, float) - encoding["mean"]) / encoding["scale"])
+            known = np.where(missing, encoding["mean"], values).astype(float)
+            return np.float32((known - encoding["mean"]) / encoding["scale"])
         table = self._vocabulary(encoding["vocabulary"])
         if isinstance(table, np.ndarray):  # lower edges of buckets, the first one's -inf
-            buckets = np.searchsorted(table[1:], [v or 0 for v in values], side="right")
-            missing = [v is None for v in values]
-            return np.where(missing, MISSING, FIRST_KNOWN + buckets).astype(np.int32)
-        return np.array([MISSING if v is None else table.get(v, OOV) for v in values], np.int32)
+            known = np.where(missing, 0, values).astype(float)
+            ids = FIRST_KNOWN + np.searchsorted(table[1:], known, side="right")
+        else:
+            ids = [table.get(v, OOV) for v in values]
+        return np.where(missing, MISSING, ids).astype(np.int32)
 
     def _vocabulary(self, name: str) -> dict | np.ndarray:
         if name not in self._vocabularies:

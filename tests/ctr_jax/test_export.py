@@ -123,7 +123,11 @@ def test_raw_values_are_encoded_as_they_were_prepared(trained, raw_values, tmp_p
         assert found.dtype == stored.dtype
         np.testing.assert_allclose(found, stored, rtol=1e-6, err_msg=column)
         assert len(np.unique(stored)) > 5
-    assert model.encode("candidate/name", ["never seen", None]).tolist() == [1, 2]
+    names = model.encode("candidate/name", ["never seen", None, "", "nan"])
+    assert names.tolist() == [1, 2, 2, 2]
+    for value in (None, float("nan")):
+        assert model.encode("candidate/price", [value, 1e9])[0] == 2
+        assert model.encode("candidate/weight", [value, 1e9])[0] == 0
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
