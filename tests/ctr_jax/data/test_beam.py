@@ -114,7 +114,7 @@ def test_labels_from_the_users_own_rows_and_a_column_that_a_file_lacks(tmp_path)
         prepare_beam(config, 2)
 
 
-@pytest.mark.parametrize("grow", [False, True], ids=["as they are", "grown"])
+@pytest.mark.parametrize("grow", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_given_vocabularies_of_another_log(tmp_path, grow):
     for day in (0, 1):
         raw_logs.write(tmp_path / f"{day}" / "raw", raw_logs.draw(day), "parquet", parts=2)
