@@ -43,7 +43,7 @@ def restore(
     """Checkpoints.restore of a step, with rows for the values that its vocabularies have gained.
 
     Known values keep their rows and these their optimizer's state, bit for bit. A new value's row
-    is that of out-of-vocabulary values, its optimizer's state as in a new run.
+    is that of out-of-vocabulary values, its optimizer's state as of a row that no batch had yet.
 
     Args:
       shapes: of `steps.state_shapes(experiment)`, all of it or without what is not to be read.

@@ -52,7 +52,8 @@ def start(experiment: steps.Experiment, whoami: Mapping) -> tuple[dict, dict]:
     checkpoints.check(at)
     saved, rows = growth.as_grown(checkpoints.identity(at), experiment.spec)
     fit = [{k: v for k, v in x.items() if k in MUST_FIT} for x in scoring(saved, whoami)]
-    refuse_mismatch(*fit, workdir, "start_from needs the same model and vocabularies")
+    remedy = "start_from needs the same model, and vocabularies that are the data's or grew to them"
+    refuse_mismatch(*fit, workdir, remedy)
     shapes = steps.state_shapes(experiment)
     state = growth.restore(experiment, checkpoints, at, shapes, rows)
     checkpoints.close()

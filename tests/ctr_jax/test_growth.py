@@ -47,8 +47,13 @@ def days(small_config, logs):
     small_config.validate, small_config.total_steps = False, 3
     configs = [small_config]
     for day in NEW:
-        configs.append(grown(configs[-1], logs[day], START + day * DAY - DAY // 8))
+        configs.append(grown(configs[-1], logs[day], split_of(day)))
     return configs
+
+
+def split_of(day):
+    """The time from which events of a day's log are for testing."""
+    return START + day * DAY - DAY // 8
 
 
 def grown(before, log, split):
@@ -166,7 +171,7 @@ def test_a_chain_of_days_trains_what_is_new(days, monday, tuesday, tmp_path):
         assert about["started_from"]["updates"] == 3 * day
 
 
-def test_yesterdays_model_scores_what_it_lacks_as_unknown(days, monday):
+def test_yesterdays_model_scores_what_it_lacks_as_unknown(days, monday, tuesday):
     asis = days[1].copy_and_resolve_references()
     asis.data.grow_vocabularies = False
     with jax.set_mesh(sharding.make_mesh(1, 1)):
@@ -180,7 +185,9 @@ def test_yesterdays_model_scores_what_it_lacks_as_unknown(days, monday):
     results = [evaluate(config, monday, splits=("test",))["test"] for config in (asis, days[1])]
     for name in ("count", "positives", "auc", "logloss"):
         assert results[1][name] == pytest.approx(results[0][name], rel=1e-6)
-    assert results[0]["data_hash"] != results[1]["data_hash"]  # the second to be compared with
+    assert results[0]["data_hash"] != results[1]["data_hash"]
+    today = evaluate(days[1], tuesday, splits=("test",), relative_to=monday)["test"]
+    assert today["comparison"]["auc_difference"] == today["auc"] - results[1]["auc"]
 
 
 def test_anything_but_a_continuation_is_refused(days, monday, tuesday, logs, tmp_path):
