@@ -121,7 +121,7 @@ def test_given_vocabularies_of_another_log(tmp_path, grow):
     source = prepare(test_events.config(tmp_path / "0", **SESSIONS))
     options = {**SESSIONS, "candidate": {**SESSIONS["candidate"], "item": "2 * e.item"}}
     options |= {"vocabularies_from": str(source), "grow_vocabularies": grow}
-    options |= {"min_count": 3 if grow else 40}  # which plays no part in given ones
+    options |= {"min_count": 10 if grow else 40}  # which plays no part in given ones
     config = test_events.config(tmp_path / "1", **options)
     compare(config, tmp_path, (3,))
     path = prepare({**config, "prepared_dir": str(tmp_path / "embedded")})
