@@ -152,10 +152,19 @@ class Checkpoints:
             logging.info("checkpoints: removed steps %s in %s", doomed, self.workdir)
         return doomed
 
-    def restore(self, shapes: Mapping, identity: Mapping | None, step: int | None = None) -> dict:
+    def restore(
+        self,
+        shapes: Mapping,
+        identity: Mapping | None,
+        step: int | None = None,
+        saved: Mapping | None = None,
+    ) -> dict:
         """The state at `step` (default the newest), laid out as `shapes` (ShapeDtypeStructs with
         shardings) asks; only the items that `shapes` names are read.
 
+        Args:
+          saved: shapes that the arrays have to have been saved with, where these are not those of
+            `shapes`: what is longer there is filled with zeros.
         Raises:
           ConfigMismatch: `identity` is given and differs from the one saved, or arrays are of other
             shapes.
@@ -168,8 +177,8 @@ class Checkpoints:
         if optimizer:
             items["optimizer"] = optimizer
         for item, wanted in items.items():
-            self._refuse_shapes(step, item, wanted)
-        args = {k: ocp.args.StandardRestore(v) for k, v in items.items()}
+            self._refuse_shapes(step, item, {k: (saved or shapes)[k] for k in wanted})
+        args = {k: ocp.args.StandardRestore(v, strict=saved is None) for k, v in items.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         return {name: value for item in items for name, value in restored[item].items()}
 
@@ -333,7 +342,7 @@ def refuse_other_ids(saved: Mapping, current: Mapping, workdir: Path) -> None:
         raise ConfigMismatch(
             f"{workdir} was trained with other vocabularies, in which ids mean other values, and "
             "is not resumed anyway; prepare the data with data.vocabularies_from, or give another "
-            "--workdir:\n  " + "\n  ".join(different)
+            "--workdir (where they grew, with start_from):\n  " + "\n  ".join(different)
         )
 
 

@@ -85,6 +85,8 @@ def base_config() -> ConfigDict:
     # Directory of a prepared data set whose vocabularies are taken as they are: a new day of a log,
     # for a model that is there already (docs/training.md). "" = fit them.
     config.data.vocabularies_from = ""
+    # Append to them the new values that this log's training range has often enough.
+    config.data.grow_vocabularies = False
     config.data.threads = 0  # of the preparation; 0 = all cores
     # {vocabulary: rows} for plans made where the data set is not (train.py --plan).
     config.expected_rows = ConfigDict()

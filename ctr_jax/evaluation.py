@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from ctr_jax import processes, reports, sharding, steps
+from ctr_jax import growth, processes, reports, sharding, steps
 from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
 from ctr_jax.config import MEASURES, check, identity, scoring
 from ctr_jax.data import keys, open_data, pipeline, synthetic
@@ -83,7 +83,8 @@ def evaluate(
     scores: str | Path | None = None,
 ) -> dict:
     """Evaluates checkpoints of `workdir`: metrics/<step>.json, and results.json with plots in
-    evaluation/<split>. On other data of the same vocabularies only the latter.
+    evaluation/<split>. On other data of the same vocabularies only the latter; of vocabularies that
+    have grown since, what they gained scores as out-of-vocabulary.
 
     Args:
       step: which checkpoint; None = the best by `config.best_metric` as far as measured, else the
@@ -133,9 +134,9 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to, sco
                 logging.info("step %d: gone, as newer ones are there; not evaluated", at)
                 continue
             checkpoints.check(at)
-            saved = checkpoints.identity(at)
+            saved, rows = growth.as_grown(checkpoints.identity(at), spec)
             refuse_mismatch(*scoring(saved, whoami), workdir)
-            weights = checkpoints.restore(shapes, identity=None, step=at)
+            weights = growth.restore(experiment, checkpoints, at, shapes, rows)
             weights.pop("step")
             logs = {
                 split: score_split(config, data, split, mesh, score_step, weights, config.slices)

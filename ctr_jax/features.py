@@ -50,6 +50,8 @@ class DataSpec:
       encoding: what ids and dense values mean: {"columns": ["group/name kind vocabulary", ...],
         "vocabularies": {name: hash}, "standardised": {column: [mean, scale]}}. A model scores any
         data set of an equal one. {} in data sets prepared before it was recorded.
+      grown_from: {vocabulary: {hash: number of rows}}, of every state that it grew from by appended
+        values: its first rows are those of the vocabulary that has the hash in its encoding.
     """
 
     name: str
@@ -60,6 +62,7 @@ class DataSpec:
     content_hash: str = ""
     splits: dict[str, int] = dataclasses.field(default_factory=dict)
     encoding: dict[str, Any] = dataclasses.field(default_factory=dict)
+    grown_from: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     weighted: bool = False
 
     @property

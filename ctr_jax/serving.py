@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ctr_jax import sharding, steps
+from ctr_jax import growth, sharding, steps
 from ctr_jax.batch import RequestBatch
 from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
 from ctr_jax.config import check, identity, scoring
@@ -28,7 +28,8 @@ from ctr_jax.features import DataColumn, DataSpec
 def restore(
     config: ConfigDict, workdir: str | Path, step: int | None = None
 ) -> tuple[steps.Experiment, dict, int]:
-    """(experiment, weights, step) of a training run, on one device.
+    """(experiment, weights, step) of a training run, on one device. Where the vocabularies have
+    grown since, what they gained scores as out-of-vocabulary.
 
     Args:
       step: which checkpoint; None = the best measured one, else the newest.
@@ -50,8 +51,9 @@ def restore(
         shapes = steps.state_shapes(experiment)
         shapes = {k: shapes[k] for k in ("tables", "model", "model_state", "step")}
         whoami = identity(config, data.spec.content_hash, data.spec.encoding)
-        refuse_mismatch(*scoring(checkpoints.identity(at), whoami), workdir)
-        weights = checkpoints.restore(shapes, identity=None, step=at)
+        saved, rows = growth.as_grown(checkpoints.identity(at), data.spec)
+        refuse_mismatch(*scoring(saved, whoami), workdir)
+        weights = growth.restore(experiment, checkpoints, at, shapes, rows)
     weights.pop("step")
     return experiment, weights, at
 

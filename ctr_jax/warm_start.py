@@ -16,9 +16,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
-from ctr_jax import optimizers, steps
+from ctr_jax import growth, optimizers, processes, steps
 from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
 from ctr_jax.config import ConfigError, scoring
 from ctr_jax.evaluation import chosen
@@ -34,6 +35,8 @@ def start(experiment: steps.Experiment, whoami: Mapping) -> tuple[dict, dict]:
 
     Args:
       whoami: the new run's identity.
+    Where vocabularies have grown since, so do the tables (growth.restore).
+
     Raises:
       ConfigError: there is no such checkpoint.
       ConfigMismatch: it is of another model, encoding or optimizer, or of arrays of other shapes.
@@ -42,21 +45,25 @@ def start(experiment: steps.Experiment, whoami: Mapping) -> tuple[dict, dict]:
     workdir, step = parse(experiment.config.start_from)
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
-        at = chosen(checkpoints, step, experiment.config)
+        # By the first process for all: while the other run goes on, each might see another best.
+        at = int(processes.from_first(np.array(chosen(checkpoints, step, experiment.config))))
     except FileNotFoundError as error:
         raise ConfigError(f"start_from {experiment.config.start_from!r}: {error}") from error
     checkpoints.check(at)
-    saved = checkpoints.identity(at)
+    saved, rows = growth.as_grown(checkpoints.identity(at), experiment.spec)
     fit = [{k: v for k, v in x.items() if k in MUST_FIT} for x in scoring(saved, whoami)]
-    refuse_mismatch(*fit, workdir, "start_from needs the same model and vocabularies")
+    remedy = "start_from needs the same model, and vocabularies that are the data's or grew to them"
+    refuse_mismatch(*fit, workdir, remedy)
     shapes = steps.state_shapes(experiment)
-    state = checkpoints.restore(shapes, identity=None, step=at)
+    state = growth.restore(experiment, checkpoints, at, shapes, rows)
     checkpoints.close()
     layout = jax.tree.map(lambda x: x.sharding, {k: shapes[k] for k in ("opt", "step")})
     state |= jax.jit(_at_step_0, out_shardings=layout)(state["opt"], state["step"])
     origin = {"workdir": str(workdir), "step": at, "data": saved["data"]}
     origin["updates"] = at + updates_before(saved)
     logging.info("started from step %d of %s", at, workdir)
+    for name, before in rows.items():
+        logging.info("%s: %d new values", name, experiment.spec.vocabularies[name] - before)
     return state, {ORIGIN: origin}
 
 

@@ -20,14 +20,13 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tqdm import tqdm
 
 import seqvault
-from ctr_jax.data import given_vocabularies, keys, raw, vocabulary
+from ctr_jax.data import given_vocabularies, keys, raw, vocabulary, vocabulary_hash
 from ctr_jax.data import histories as histories_lib
 from ctr_jax.data import requests as requests_lib
 from ctr_jax.data.column_checks import check_columns
@@ -232,13 +231,18 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
         directory.mkdir()
         names = [*plan.vocabularies("id"), *plan.vocabularies("quantile")]
         if source := self.options.get("vocabularies_from"):
-            taken = given_vocabularies.take(con, plan, Path(source), directory, counts)
-            sizes, dense, self._report["known"] = taken
+            grow = bool(self.options.get("grow_vocabularies"))
+            taken = given_vocabularies.take(con, plan, Path(source), directory, counts, grow)
+            sizes, dense, found = taken
+            self._report |= found
         else:
             sizes, dense = vocabulary.fit(con, plan, directory, counts)
         self._hashes = {
             name: self._hash_file(directory / f"{name}.parquet", not source) for name in names
         }
+        self._grown_from = (
+            given_vocabularies.grown_from(Path(source), directory, self._hashes) if source else {}
+        )
         self._report["vocabularies"] = sizes
         self._report["standardised (mean, scale)"] = {
             f.key: [dense[f.key].mean, dense[f.key].scale]
@@ -278,35 +282,39 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             self.spec(), vocabularies=report["vocabularies"], splits=report["records"]
         )
         fields = dataclasses.asdict(spec)
-        del fields["encoding"], fields["weighted"]  # follow from what is hashed already
+        for name in ("encoding", "grown_from", "weighted"):  # follow from what is hashed already
+            del fields[name]
         self._digest.update(json.dumps(fields, sort_keys=True).encode())
         encoding = {
             "columns": [f"{f.key} {f.kind} {f.column.vocabulary}".rstrip() for f in plan.fields],
             "vocabularies": self._hashes,
             "standardised": report["standardised (mean, scale)"],
         }
-        spec = dataclasses.replace(spec, content_hash=self._digest.hexdigest(), encoding=encoding)
+        spec = dataclasses.replace(
+            spec,
+            content_hash=self._digest.hexdigest(),
+            encoding=encoding,
+            grown_from=self._grown_from,
+        )
         (directory / REPORT).write_text(json.dumps(report, indent=1))
         spec.save(directory / SPEC)
         print(summary(spec, report), flush=True)
 
     def _hash_file(self, path: Path, fitted: bool) -> str:
-        """Adds a vocabulary's content, not its bytes: those change with the parquet writer. Counts
-        are of the rows it was fitted on, so of this data set only where that was here.
+        """Adds a vocabulary's content. Counts are of the rows it was fitted on, so of this data set
+        only where that was here.
 
         Returns:
-          16 digits of the sha256 of its values and ids.
+          Its vocabulary_hash.hash_of, in the same pass.
         """
         meaning = hashlib.sha256()
         self._digest.update(path.name.encode())
-        for batch in pq.ParquetFile(path).iter_batches():
-            values = "\0".join(map(str, batch["value"].to_pylist())).encode()
-            for content in (values, batch["id"].to_numpy().astype("<i4").tobytes()):
-                self._digest.update(content)
-                meaning.update(content)
+        for content, counts in vocabulary_hash.contents(path):
+            self._digest.update(content)
+            meaning.update(content)
             if fitted:
-                self._digest.update(batch["count"].to_numpy().astype("<i8").tobytes())
-        return meaning.hexdigest()[:16]
+                self._digest.update(counts)
+        return meaning.hexdigest()[: vocabulary_hash.DIGITS]
 
 
 def connect(scratch: Path, options: Mapping[str, Any]) -> duckdb.DuckDBPyConnection:

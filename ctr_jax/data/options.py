@@ -15,6 +15,7 @@ COMMON = (
     "threads",
     "generate",
     "vocabularies_from",
+    "grow_vocabularies",
 )
 
 

@@ -38,7 +38,7 @@ BUILDERS = {
 # Raised whenever preparation gives other files for the same options and raw files.
 FORMAT = 4
 # Options that say where and how, not what: they do not change the prepared data set. Of the given
-# vocabularies their content counts.
+# vocabularies their content counts, and whether they grow.
 _NOT_CONTENT = tuple(name for name in COMMON if name != "builder")
 
 
@@ -57,6 +57,11 @@ def prepare(config: ConfigDict, engine: Callable[..., Any] | None = None) -> Pat
     for name in ("raw_dir", "prepared_dir"):
         if not options.get(name):
             raise DataError(f"data.{name} is not set")
+    if options.get("grow_vocabularies") and not options.get("vocabularies_from"):
+        raise DataError(
+            "data.grow_vocabularies needs data.vocabularies_from, the data set whose vocabularies "
+            "are to grow"
+        )
     files = builder_class.raw_files(options)
     builder = make_builder(builder_class, options, files)
     if engine is not None:
@@ -129,6 +134,8 @@ def fingerprint(options: Mapping[str, Any], files: list[Path]) -> str:
     content = {k: v for k, v in options.items() if k not in _NOT_CONTENT}
     if source := options.get("vocabularies_from"):
         content["vocabularies_from"] = given_vocabularies.content_of(Path(source))
+        if options.get("grow_vocabularies"):
+            content["grow_vocabularies"] = True
     names = distinct_names(files)
     stats = [(names[p], p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     text = json.dumps([FORMAT, content, stats], sort_keys=True, default=str)

@@ -129,6 +129,8 @@ def summary(spec: DataSpec, report: Mapping[str, Any]) -> str:
         parts.append(table("unknown", unknown))
     if "known" in report:
         known = {name: {"share": share} for name, share in report["known"].items()}
+        for name, number in report.get("added", {}).items():
+            known[name]["values added"] = number
         parts.append(table("of the values for training, known", known))
     for kind in ("skipped", "dropped"):
         if counts := {k: {"rows": n} for k, n in report[kind].items() if n}:

@@ -112,21 +112,24 @@ def fit_ids(con: duckdb.DuckDBPyConnection, plan: Plan, name: str, counts: str) 
     """Creates the table (value, id, count) of one vocabulary; returns its number of known values.
 
     Args:
-      counts: SQL of its (value, source, n); see Plan.impressions_are_behaviours for how the two
-        sources are joined.
+      counts: SQL of its (value, source, n).
     """
-    group_count = "max(n)" if plan.impressions_are_behaviours else "sum(n)"
     con.execute(
         f"""
         CREATE OR REPLACE TABLE {table_name(name)} AS
-        WITH by_source AS ({counts}),
-        total AS (SELECT value, CAST({group_count} AS BIGINT) AS n FROM by_source GROUP BY value)
         SELECT value, n AS count,
                CAST(row_number() OVER (ORDER BY n DESC, value) + {FIRST_KNOWN - 1} AS INTEGER) AS id
-        FROM total WHERE n >= {plan.min_count}
+        FROM ({totals(plan, counts)}) WHERE n >= {plan.min_count}
         """
     )
     return con.execute(f"SELECT count(*) FROM {table_name(name)}").fetchone()[0]
+
+
+def totals(plan: Plan, counts: str) -> str:
+    """SQL of (value, n) of one vocabulary; see Plan.impressions_are_behaviours for how the two
+    sources of `counts` are joined."""
+    joined = "max(n)" if plan.impressions_are_behaviours else "sum(n)"
+    return f"SELECT value, CAST({joined} AS BIGINT) AS n FROM ({counts}) GROUP BY value"
 
 
 def _counts(plan: Plan, field: Field, type_name: str) -> str:

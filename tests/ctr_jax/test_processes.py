@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from ctr_jax import processes
+from tests.ctr_jax.test_growth import days, logs, monday, runs  # noqa: F401
 from tests.ctr_jax.test_survival import flip
+from tests.ctr_jax.test_training import final_state
 from tests.test_commands import ROOT, command, config_file, run  # noqa: F401
 
 MESH = ["--config.mesh.data=2", "--config.mesh.table=2"]
@@ -69,6 +71,30 @@ def test_processes_agree_with_one(config_file, tmp_path, number):  # noqa: F811
         assert measured[0]["count"] == measured[1]["count"]
         for name in ("auc", "gauc_user", "logloss"):
             assert measured[1][name] == pytest.approx(measured[0][name], abs=1e-5), (step, name)
+
+
+@pytest.mark.slow
+def test_processes_that_start_from_a_run_agree_with_one(config_file, days, monday, tmp_path):  # noqa: F811
+    """Their data's vocabularies have grown since, and with them a table that both hold parts of."""
+    flags = [f"--config={config_file}", "--config.validate=False", "--config.total_steps=4",
+             f"--config.start_from={monday}"]  # fmt: skip
+    for name in ("raw_dir", "train", "test", "vocabularies_from", "grow_vocabularies"):
+        flags.append(f"--config.data.{name}={days[1].data[name]}")
+    one = run("train.py", *flags, *MESH, "--cpu_devices=4", f"--workdir={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr[-2000:]
+    codes, errors = finish(start(2, *flags, f"--workdir={tmp_path / 'two'}"))
+    assert codes == [0, 0], errors[0][-3000:]
+    assert all(f"started from step 3 of {monday}" in error for error in errors)
+    want, got = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [s for s, _ in got] == [2, 4]
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5)
+    states = [final_state(days[1], tmp_path / name, 4) for name in ("one", "two")]
+    assert len(states[0]["tables"]["item"]) == 512
+    for part in ("tables", "table_opt"):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+            *(state[part] for state in states),
+        )
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ def prepare(
     own_valid: bool = False,
     add_groups: bool = False,
     fit_behaviour=None,
+    given=None,
 ) -> tuple[dict[str, list[dict]], dict[str, dict], dict[int, list[dict]]]:
     """(records of each split, {vocabulary: {value: id}}, {user row: encoded behaviours}).
 
@@ -32,6 +33,7 @@ def prepare(
       users: {user: {column: value}}.
       columns: {"<group>/<name>": (kind, vocabulary)}.
       add_groups: count behaviours and impressions as different sightings of a value.
+      given: {vocabulary: {value: id}} that grow.
     """
     impressions = [dict(row) for row in impressions]
     first: dict = {}
@@ -80,10 +82,10 @@ def prepare(
                 else max(sources[0][v], sources[1][v])
                 for v in set(sources[0]) | set(sources[1])
             }
-            known = sorted(
-                (v for v in count if count[v] >= min_count), key=lambda v: (-count[v], v)
-            )
-            ids = {v: 3 + i for i, v in enumerate(known)}
+            ids = dict((given or {}).get(name, {}))
+            new = (v for v in count if count[v] >= min_count and v not in ids)
+            for v in sorted(new, key=lambda v: (-count[v], v)):
+                ids[v] = 3 + len(ids)
             vocabularies[name] = ids
             encoder = lambda v, ids=ids: 2 if v is None else ids.get(v, 1)  # noqa: E731
         elif kind == "quantile":

@@ -115,19 +115,23 @@ def test_labels_from_the_users_own_rows_and_a_column_that_a_file_lacks(tmp_path)
         prepare_beam(config, 2)
 
 
-def test_given_vocabularies_of_another_log(tmp_path):
+@pytest.mark.parametrize("grow", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_given_vocabularies_of_another_log(tmp_path, grow):
     for day in (0, 1):
         raw_logs.write(tmp_path / f"{day}" / "raw", raw_logs.draw(day), "parquet", parts=2)
     source = prepare(test_events.config(tmp_path / "0", **SESSIONS))
     options = {**SESSIONS, "candidate": {**SESSIONS["candidate"], "item": "2 * e.item"}}
-    options |= {"vocabularies_from": str(source), "min_count": 40}  # which plays no part then
+    options |= {"vocabularies_from": str(source), "grow_vocabularies": grow}
+    options |= {"min_count": 10 if grow else 40}  # which plays no part in given ones
     config = test_events.config(tmp_path / "1", **options)
     compare(config, tmp_path, (3,))
     path = prepare({**config, "prepared_dir": str(tmp_path / "embedded")})
     report = json.loads((path / "report.json").read_text())
     assert 0.5 < report["known"]["item"] < 1
-    spec = PreparedData.open(path).spec
-    assert spec.encoding == PreparedData.open(source).spec.encoding
+    spec, before = PreparedData.open(path).spec, PreparedData.open(source).spec
+    assert (spec.encoding == before.encoding) is not grow
+    assert ("item" in spec.grown_from) is grow
+    assert grow is (spec.vocabularies["item"] > before.vocabularies["item"])
 
 
 @pytest.mark.slow
