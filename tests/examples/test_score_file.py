@@ -10,8 +10,8 @@ import pytest
 
 from ctr_jax.data.errors import DataError
 from ctr_jax.evaluation import evaluate
-from ctr_jax.training import train
 from examples.score_file import score_file, seconds
+from tests.ctr_jax.test_serving import saved
 
 DAY = 86400
 
@@ -25,7 +25,6 @@ def config(small_config):
     small_config.data.candidate["liked"] = "CASE WHEN rating > 1 THEN 'text ' || item % 3 END"
     small_config.data.candidate["age"] = "user % 7"
     small_config.data.kinds = {"candidate/age": "standard", "user/age": "quantile"}
-    small_config.total_steps = small_config.checkpoint_steps = 2
     return small_config
 
 
@@ -49,7 +48,7 @@ def scored(config, workdir, table, kind="parquet"):
 
 
 def test_raw_rows_of_the_test_split_get_its_scores(config, raw, tmp_path):
-    train(config, tmp_path)
+    saved(config, tmp_path)
     evaluate(config, tmp_path, splits=("test",), scores=tmp_path / "scores")
     expected = pq.read_table(tmp_path / "scores" / "test.parquet").to_pandas().set_index("row")
     assert expected.position.max() == 2 and (expected.request_time % DAY == 0).all()
