@@ -50,7 +50,7 @@ class Model:
         lacks is unknown.
 
         Raises:
-          ValueError: a value is of another type than the raw log's, and would be unknown in silence.
+          ValueError: a value is of another type than the raw log's: it would be unknown in silence.
         """
         encoding = self._inputs[name]["encoding"]
         table, kind = None, numbers.Real
