@@ -55,8 +55,7 @@ def score_file(config, workdir, requests, out, user: str, time: str) -> int:
       DataError: the file lacks a column, or a value is of another type than in the raw log.
     """
     data = open_data(config)
-    if data.histories is None:
-        raise DataError(f"{data.path}: histories lie in its records, so none is found by user")
+    histories = serving.history_store(data)
     raw, users = RawValues(data), keys.user_keys(data.path)
     wanted = [f"{g}/{c.name}" for g in ("user", "context", "candidate") for c in data.spec.group(g)]
     source = opened(requests, {**{k: raw.type(k) for k in wanted}, user: users.type}, time)
@@ -91,7 +90,9 @@ def score_file(config, workdir, requests, out, user: str, time: str) -> int:
                 for key, values in columns.items():
                     unknown[key] += (values == OOV).sum() if values.dtype == np.int32 else 0
                 with jax.set_mesh(experiment.mesh):
-                    logits = scored(config, data, score, weights, columns, users_of, times)
+                    logits = scored(
+                        config, data.spec, histories, score, weights, columns, users_of, times
+                    )
                 probability = pa.array(sigmoid(logits).astype(np.float32))
                 writer.write_batch(
                     pa.RecordBatch.from_arrays([*rows.columns, probability], schema=schema)
@@ -165,9 +166,9 @@ def seconds(column: pa.Array, options) -> np.ndarray:
     return whole // floor * floor if floor else whole
 
 
-def scored(config, data, score, weights, columns, users, times) -> np.ndarray:
+def scored(config, spec, histories, score, weights, columns, users, times) -> np.ndarray:
     """[N] logits of rows; `columns` are {"group/column": [N]}, encoded."""
-    b, c, n = config.eval_batch_size, data.spec.max_candidates, len(users)
+    b, c, n = config.eval_batch_size, spec.max_candidates, len(users)
     # A record holds up to C neighbours that share all but the candidate.
     new = np.arange(n) == 0
     for key, values in {"user": users, "time": times, **columns}.items():
@@ -195,11 +196,10 @@ def scored(config, data, score, weights, columns, users, times) -> np.ndarray:
         mask[place] = True
         # Nothing lies before second 0, and row 0 is somebody's.
         before = np.where(users[heads] < 0, 0, times[heads])
-        history = data.histories.last_n(
-            np.maximum(users[heads], 0), config.history_length, before=before
-        )
+        rows = np.maximum(users[heads], 0)
+        history = histories.last_n(rows, config.history_length, before=before)
         batch = serving.request_batch(
-            data.spec,
+            spec,
             history,
             time=times[heads],
             user={k: v[heads] for k, v in group("user").items()},
