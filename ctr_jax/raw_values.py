@@ -140,9 +140,8 @@ class RawValues:
     def _made(self, key: str, column: DataColumn) -> Vocabulary | Dense:
         if column.kind == "dense":
             return standard(self._data.path, key)
-        lower = self._table(column)["value"]
-        if pa.types.is_floating(lower.type):
-            return Dense(lower.to_numpy()[1:])  # the first is -inf
+        if pa.types.is_floating(pq.read_schema(self._file(column)).field("value").type):
+            return Dense(self._table(column)["value"].to_numpy()[1:])  # the first is -inf
         return Vocabulary.load(self._file(column))
 
     def _table(self, column: DataColumn) -> pa.Table:

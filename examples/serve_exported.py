@@ -114,4 +114,6 @@ def main(directory: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/serve_exported.py DIR")
     main(sys.argv[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ctr_jax.data import keys
@@ -111,6 +112,17 @@ def test_arrays_of_any_shape_and_type(data):
     assert lengths[2:].tolist() == [0, 0]
     kinds = [raw.type(f"candidate/{name}") for name in ("item", "title", "length", "amount")]
     assert kinds == [pa.int64(), pa.string(), pa.float64(), pa.float64()]
+
+
+def test_a_vocabulary_is_read_once_to_encode(data, monkeypatch):
+    """It may hold all items there are."""
+    raw, read, files = RawValues(data), pq.read_table, []
+    monkeypatch.setattr(
+        pq, "read_table", lambda path, **how: files.append(path) or read(path, **how)
+    )
+    for _ in range(2):
+        raw.encode({"candidate/item": [0], "candidate/title": ["a"], "candidate/amount": [1.0]})
+    assert sorted(path.stem for path in files) == ["amount", "item", "title"]
 
 
 def test_names_are_for_people_and_distinct(data):
