@@ -86,7 +86,8 @@ def request_batch(
 
     Args:
       history: what `last_n` of a store gave: the behaviour columns, "time" and "mask", each [B, L].
-      time: [B] integers, seconds: the `before` that the store was asked with.
+      time: [B] integers, seconds: the `before` that the store was asked with, floored as those of
+        the data set if it has a `time_floor`.
       user, context: {column: [B]}. candidate: {column: [B, C]}; all are candidates.
     Raises:
       ValueError: a column of the data set is missing or has another shape, an id is no integer or

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -10,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from configs import baselines_alibaba
 from configs.baselines_alibaba import ROWS
 from ctr_jax import export, serving, sharding, steps
 from ctr_jax.config import ConfigError
@@ -90,8 +90,6 @@ def test_a_process_without_this_library_scores_alike(trained, tmp_path):
 
 @pytest.mark.parametrize("model", ["sparsectr_jax.model", "laser_jax.model", "lrea_jax.model"])
 def test_logits_are_those_of_the_library(small_config, model, tmp_path):
-    from importlib import import_module
-
     from serve_exported import Model
 
     small_config.model = import_module(model).default_config()
@@ -167,9 +165,14 @@ def test_other_platforms_are_exported_for_here(trained, tmp_path, platform):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS)
-def test_every_baseline_can_be_exported(row):
-    config = baselines_alibaba.get_config(row)
+@pytest.mark.parametrize(
+    "page",
+    ["sparsectr_alibaba", "laser_alibaba", "lrea_taobao"]
+    + [f"baselines_alibaba:{row}" for row in ROWS],
+)
+def test_every_model_can_be_exported(page):
+    module, _, variant = page.partition(":")
+    config = import_module(f"configs.{module}").get_config(variant)
     config.history_length = min(config.history_length, 128)
     spec, _ = expected_spec(config, {})
     mesh = sharding.make_mesh(data=1)
