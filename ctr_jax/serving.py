@@ -90,9 +90,10 @@ def request_batch(
         the data set if it has a `time_floor`.
       user, context: {column: [B]}. candidate: {column: [B, C]}; all are candidates.
     Raises:
-      ValueError: a column of the data set is missing or has another shape, an id is no integer or
-        outside its vocabulary, a dense value is no finite number, or a time is none in seconds, as
-        int32. It names the column, and the first value that is wrong with its place.
+      ValueError: a column of the data set is missing or has another shape, a history is followed
+        by padding, an id is no integer or outside its vocabulary, a dense value is no finite
+        number, or a time is none in seconds, as int32. It names the column, and the first value
+        that is wrong with its place.
     """
     given = {"behaviour": history, "user": user, "context": context, "candidate": candidate}
     for group, columns in given.items():
@@ -110,6 +111,9 @@ def request_batch(
             raise ValueError(f"{name} has shape {np.shape(values)}, not {axes}")
     if mask.dtype != bool:
         raise ValueError(f"the history's mask must be bool, not {mask.dtype}")
+    if (early := mask[:, :-1] & ~mask[:, 1:]).any():
+        what = "a history stands at the right, its latest behaviour last"
+        _refuse("the history's mask", mask, early, what)
     requests = np.shape(time)
     of_history, of_candidates = requests + mask.shape[1:], requests + np.shape(candidate[first])[1:]
     shapes = {"behaviour": of_history, "candidate": of_candidates}

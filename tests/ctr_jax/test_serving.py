@@ -141,6 +141,8 @@ REFUSED = {
                         r"candidate/item has shape \(3,\), not \[B, C\]"),
     "other length": ({"history/type": [[2]] * 3},
                      r"behaviour/type has shape \(3, 1\), not \(3, 2\)"),
+    "left-aligned": ({"history/mask": [[False, True], [True, False], [True, True]]},
+                     r"history's mask\[1, 0\] is True: a history stands at the right"),
     "mask of numbers": ({"history/mask": np.ones((3, 2), np.int8)}, "must be bool, not int8"),
     "no column": ({"candidate": dict(item=np.ones((3, 4), int))}, r"columns \['price'\] of 'test'"),
     "no mask": ({"history": dict(item=np.ones((3, 2), int), type=np.ones((3, 2), int))},
