@@ -80,8 +80,8 @@ class Model:
             values, ids = table["value"].to_pylist(), table["id"].to_pylist()
             edges = pa.types.is_floating(table["value"].type)  # lower ones, the first is -inf
             known = np.array(values[1:]) if edges else dict(zip(values, ids, strict=True))
-            kind = str if pa.types.is_string(table["value"].type) else numbers.Real
-            self._vocabularies[name] = known, kind
+            number = edges or pa.types.is_integer(table["value"].type)
+            self._vocabularies[name] = known, numbers.Real if number else str
         return self._vocabularies[name]
 
 

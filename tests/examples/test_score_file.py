@@ -71,11 +71,11 @@ def test_raw_rows_of_the_test_split_get_its_scores(config, raw, tmp_path, capsys
     assert not np.allclose(later, expected, rtol=1e-5)
 
     # An unknown user is one without behaviours.
-    unknown = scored(config, tmp_path, rows.assign(user=10**6 + rows.user))["probability"]
-    assert "unknown values: user 100.0%\n" in capsys.readouterr().out
-    scored(config, tmp_path, rows.assign(liked="never"))
-    assert "unknown values: candidate/liked 100.0%\n" in capsys.readouterr().out
-    nothing = scored(config, tmp_path, rows.assign(ts=0))["probability"]
+    never = rows.assign(liked="never")
+    unknown = scored(config, tmp_path, never.assign(user=10**6 + rows.user))["probability"]
+    out = capsys.readouterr().out
+    assert "unknown values: user 100.0%, candidate/liked 100.0%\n" in out
+    nothing = scored(config, tmp_path, never.assign(ts=0))["probability"]
     np.testing.assert_allclose(unknown, nothing, rtol=1e-6)
 
     for table, says in (
