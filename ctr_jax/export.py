@@ -14,7 +14,7 @@ writes into --out:
 
 `examples/serve_exported.py` reads them with jax, numpy, safetensors and pyarrow alone. XLA compiles
 for one shape at a time, so shapes are fixed: pad candidates, and mask them, up to the next. A
-history is the last L behaviours strictly before the request's time, oldest first and right-aligned:
+history is the last L behaviours before the request, oldest first and right-aligned:
 where there are fewer, it begins with zeros whose mask is False.
 
 Axis letters: B requests, C candidates, L history.
