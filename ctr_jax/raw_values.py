@@ -160,8 +160,9 @@ def _name(value: Any) -> str:
         return value.value
     if isinstance(value, tuple):
         return f"[{value[0]}, {value[1]})"
-    # A value that reads like a name of ours stands in quotes.
-    return repr(value) if value in ("missing", "other", OUT_OF_VOCABULARY.value) else str(value)
+    # A value that reads like a name of ours stands in quotes, and so does one that begins so.
+    ours = value in ("missing", "other", OUT_OF_VOCABULARY.value)
+    return repr(value) if ours or str(value)[:1] in ("'", '"') else str(value)
 
 
 def _numbers(values: np.ndarray, refuse: Callable[[Any], None]) -> np.ndarray:

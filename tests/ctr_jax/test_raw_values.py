@@ -33,6 +33,7 @@ def log():
     log = raw_logs.draw(2)
     log["events"][5]["tab"] = "missing"
     log["events"][6]["tab"] = "missing"
+    log["events"][7]["tab"] = log["events"][8]["tab"] = "'missing'"
     return log
 
 
@@ -127,8 +128,9 @@ def test_a_vocabulary_is_read_once_to_encode(data, monkeypatch):
 
 def test_names_are_for_people_and_distinct(data):
     raw = RawValues(data)
-    ids = raw.encode({"context/tab": [None, "nowhere", "a", "missing"]})["context/tab"]
-    assert raw.names("context/tab", ids) == ["missing", "out of vocabulary", "a", "'missing'"]
+    ids = raw.encode({"context/tab": [None, "nowhere", "a", "missing", "'missing'"]})
+    names = raw.names("context/tab", ids["context/tab"])
+    assert names == ["missing", "out of vocabulary", "a", "'missing'", "\"'missing'\""]
     names = raw.names("user/fans", np.arange(2, 7))
     assert names[0] == "missing" and names[1].startswith("[-inf, ") and names[4].endswith(", inf)")
     assert names[1].split(", ")[1][:-1] == names[2].split(", ")[0][1:]
