@@ -4,7 +4,6 @@ python eval.py --config=configs/sparsectr_alibaba.py[:variant] [--workdir=DIR]
                [--step N | --watch] [--relative_to=OTHER_WORKDIR] [--scores=DIR]
 """
 
-import sys
 from pathlib import Path
 
 import jax
@@ -36,11 +35,9 @@ def main(argv):
     quiet_checkpoint_logs()
     config = CONFIG.value
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
-    try:
+    with command_line.one_line():
         how = dict(relative_to=RELATIVE_TO.value, scores=SCORES.value)
         results = evaluate(config, workdir, STEP.value, WATCH.value, **how)
-    except (*command_line.mendable(), FileNotFoundError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     for split, result in results.items():
         print(f"\n{config.name}, {split}")
         print(format_table(summary_rows(result)))

@@ -1,11 +1,12 @@
-"""Running train.py and eval.py: what is the user's to mend ends in one line."""
+"""Running the commands: what is the user's to mend ends in one line."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -39,6 +40,16 @@ def mendable() -> tuple[type[Exception], ...]:
         CannotPlan, CannotRun, ConfigError, ConfigMismatch, Damaged, DataError, NonFiniteLoss,
         SaveFailed, VaultError,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def one_line(*others: type[Exception]) -> Iterator[None]:
+    """Ends the program with one line at `mendable` errors, at files that cannot be read or written,
+    and at `others`."""
+    try:
+        yield
+    except (*mendable(), OSError, *others) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

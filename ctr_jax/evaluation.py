@@ -127,6 +127,7 @@ def _evaluate(config, workdir, data, mesh, step, watch, splits, relative_to, sco
     if scores:
         for name in ("users", *splits):
             keys.file_of(data.path, name)  # likewise
+        Path(scores).mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, read_only=True)
     for at in _new_steps(checkpoints) if watch else [chosen(checkpoints, step, config)]:
         with _marked(checkpoints, at):

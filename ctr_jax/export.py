@@ -5,14 +5,17 @@
 
 writes into --out:
 
-  model.json            inputs with shape, type and encoding; shapes; where all of it came from
+  model.json            inputs with shape, type and encoding; shapes; where all of it came from;
+                        time_floor: times are seconds since 1970, floored to a multiple of it
   score_<B>x<C>.jax     jax.export of (weights, request) -> logits [B, C], one of each shape
   weights.safetensors   {path: array} of tables and parameters
   example.safetensors   a request of the first shape, and the "logits" that this host gave it
   vocabularies/         raw value -> id, parquet
 
 `examples/serve_exported.py` reads them with jax, numpy, safetensors and pyarrow alone. XLA compiles
-for one shape at a time, so shapes are fixed: pad candidates, and mask them, up to the next.
+for one shape at a time, so shapes are fixed: pad candidates, and mask them, up to the next. A
+history is the last L behaviours before the request, oldest first and right-aligned:
+where there are fewer, it begins with zeros whose mask is False.
 
 Axis letters: B requests, C candidates, L history.
 """
@@ -23,7 +26,6 @@ import dataclasses
 import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -92,6 +94,7 @@ def export(
         "platform": platform,
         "jax": jax.__version__,
         "history_length": config.history_length,
+        "time_floor": int(config.data.get("time_floor", 0)),
         "functions": [],
         "inputs": _inputs(data),
     }
@@ -256,11 +259,9 @@ def main(argv):
     quiet_checkpoint_logs()
     config = CONFIG.value
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
-    try:
+    with command_line.one_line():
         shapes = parse_shapes(SHAPES.value)
         about = export(config, workdir, OUT.value, shapes, PLATFORM.value, STEP.value)
-    except (*command_line.mendable(), FileNotFoundError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     print(f"step {about['step']} of {workdir} for {about['platform']}: {OUT.value}")
 
 

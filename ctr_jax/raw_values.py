@@ -140,9 +140,8 @@ class RawValues:
     def _made(self, key: str, column: DataColumn) -> Vocabulary | Dense:
         if column.kind == "dense":
             return standard(self._data.path, key)
-        lower = self._table(column)["value"]
-        if pa.types.is_floating(lower.type):
-            return Dense(lower.to_numpy()[1:])  # the first is -inf
+        if pa.types.is_floating(pq.read_schema(self._file(column)).field("value").type):
+            return Dense(self._table(column)["value"].to_numpy()[1:])  # the first is -inf
         return Vocabulary.load(self._file(column))
 
     def _table(self, column: DataColumn) -> pa.Table:
@@ -161,8 +160,9 @@ def _name(value: Any) -> str:
         return value.value
     if isinstance(value, tuple):
         return f"[{value[0]}, {value[1]})"
-    # A value that reads like a name of ours stands in quotes.
-    return repr(value) if value in ("missing", "other", OUT_OF_VOCABULARY.value) else str(value)
+    # A value that reads like a name of ours stands in quotes, and so does one that begins so.
+    ours = value in ("missing", "other", OUT_OF_VOCABULARY.value)
+    return repr(value) if ours or str(value)[:1] in ("'", '"') else str(value)
 
 
 def _numbers(values: np.ndarray, refuse: Callable[[Any], None]) -> np.ndarray:

@@ -16,11 +16,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+import seqvault
 from ctr_jax import growth, sharding, steps
 from ctr_jax.batch import RequestBatch
 from ctr_jax.checkpoints import Checkpoints, refuse_mismatch
 from ctr_jax.config import check, identity, scoring
 from ctr_jax.data import open_data
+from ctr_jax.data.errors import DataError
+from ctr_jax.data.records import PreparedData
 from ctr_jax.evaluation import chosen
 from ctr_jax.features import DataColumn, DataSpec
 
@@ -58,6 +61,17 @@ def restore(
     return experiment, weights, at
 
 
+def history_store(data: PreparedData) -> seqvault.Snapshot:
+    """The histories of a prepared data set, by user.
+
+    Raises:
+      DataError: they lie in its records, so that none is found by user.
+    """
+    if data.histories is None:
+        raise DataError(f"{data.path}: histories lie in its records, so none is found by user")
+    return data.histories
+
+
 def request_batch(
     spec: DataSpec,
     history: Mapping[str, np.ndarray],
@@ -74,12 +88,14 @@ def request_batch(
 
     Args:
       history: what `last_n` of a store gave: the behaviour columns, "time" and "mask", each [B, L].
-      time: [B] integers, seconds: the `before` that the store was asked with.
+      time: [B] integers, seconds: the `before` that the store was asked with, floored as those of
+        the data set if it has a `time_floor`.
       user, context: {column: [B]}. candidate: {column: [B, C]}; all are candidates.
     Raises:
-      ValueError: a column of the data set is missing or has another shape, an id is no integer or
-        outside its vocabulary, or a time is none in seconds, as int32. It names the column, and the
-        first value that is wrong with its place.
+      ValueError: a column of the data set is missing or has another shape, a history is followed
+        by padding, an id is no integer or outside its vocabulary, a dense value is no finite
+        number, or a time is none in seconds, as int32. It names the column, and the first value
+        that is wrong with its place.
     """
     given = {"behaviour": history, "user": user, "context": context, "candidate": candidate}
     for group, columns in given.items():
@@ -97,6 +113,9 @@ def request_batch(
             raise ValueError(f"{name} has shape {np.shape(values)}, not {axes}")
     if mask.dtype != bool:
         raise ValueError(f"the history's mask must be bool, not {mask.dtype}")
+    if (early := mask[:, :-1] & ~mask[:, 1:]).any():
+        what = "a history stands at the right, its latest behaviour last"
+        _refuse("the history's mask", mask, early, what)
     requests = np.shape(time)
     of_history, of_candidates = requests + mask.shape[1:], requests + np.shape(candidate[first])[1:]
     shapes = {"behaviour": of_history, "candidate": of_candidates}
@@ -125,6 +144,11 @@ def _column(spec: DataSpec, column: DataColumn, values, shape: tuple[int, ...]) 
     name = f"{column.group}/{column.name}"
     values = _shaped(name, values, shape)
     if column.kind == "dense":
+        what = "standardised values are finite numbers, and 0 is missing"
+        if values.dtype.kind not in "iuf":
+            raise ValueError(f"{name} is {values.dtype}: {what}")
+        if not (finite := np.isfinite(values)).all():
+            _refuse(name, values, ~finite, what)
         return values.astype(np.float32, copy=False)
     rows = spec.vocabularies[column.vocabulary]
     what = f"ids of vocabulary {column.vocabulary!r} are 0 to {rows - 1}, and 1 is unknown"

@@ -7,7 +7,9 @@
 time of the request in the log's unit (data.time_unit) or as a date-time, and a raw column for each
 candidate, context and user column of the data set, of its name ("item", or "candidate/item" where
 groups share a name). Other columns, such as a request's key, are handed through. Rows of one
-request that stand together share the reading of its history.
+request that stand together share the reading of its history. A CSV's cells are texts as they stand
+wherever the log's values are, and only an empty one is missing; the share of values that no
+vocabulary knows is printed by column: it tells "4" where the log has "4.0".
 
 Histories are those of the prepared data set: what the user did strictly before the request's time
 (a log with ties = "order" was trained on what its file had before). An unknown user has none. For
@@ -16,7 +18,6 @@ does.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import jax
@@ -33,6 +34,7 @@ from ctr_jax import command_line, serving, steps
 from ctr_jax.data import keys, open_data
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.event_times import UNITS
+from ctr_jax.features import OOV
 from ctr_jax.metrics import sigmoid
 from ctr_jax.raw_values import RawValues
 from ctr_jax.writers import quiet_checkpoint_logs
@@ -53,11 +55,10 @@ def score_file(config, workdir, requests, out, user: str, time: str) -> int:
       DataError: the file lacks a column, or a value is of another type than in the raw log.
     """
     data = open_data(config)
-    if data.histories is None:
-        raise DataError(f"{data.path}: histories lie in its records, so none is found by user")
+    histories = serving.history_store(data)
     raw, users = RawValues(data), keys.user_keys(data.path)
     wanted = [f"{g}/{c.name}" for g in ("user", "context", "candidate") for c in data.spec.group(g)]
-    source = opened(requests, {k: raw.type(k) for k in wanted}, {user: users.type})
+    source = opened(requests, {**{k: raw.type(k) for k in wanted}, user: users.type}, time)
     have = source.schema.names
     column_of = {key: key if key in have else key.partition("/")[2] for key in wanted}
     if missing := sorted({user, time, *column_of.values()} - set(have)):
@@ -69,19 +70,29 @@ def score_file(config, workdir, requests, out, user: str, time: str) -> int:
     score = steps.score_step(experiment)
     print(f"step {step} of {workdir}", flush=True)
     schema = source.schema.append(pa.field("probability", pa.float32()))
-    write = pa.csv.CSVWriter if Path(out).suffix == ".csv" else pq.ParquetWriter
+    write, how = pq.ParquetWriter, {}
+    if Path(out).suffix == ".csv":
+        write, how = (
+            pa.csv.CSVWriter,
+            {"write_options": pa.csv.WriteOptions(quoting_style="needed")},
+        )
     temporary = Path(out).with_name(f".{Path(out).name}.{os.getpid()}.tmp")
-    count = 0
+    count, unknown = 0, dict.fromkeys([user, *wanted], 0)
     try:
-        with write(temporary, schema) as writer:
+        with write(temporary, schema, **how) as writer:
             for rows in source.to_batches(batch_size=ROWS_AT_ONCE):
                 if not rows.num_rows:
                     continue
                 columns = raw.encode({k: values_of(rows[name]) for k, name in column_of.items()})
                 users_of = rows_of_users(rows[user], users)
                 times = seconds(rows[time], config.data)
+                unknown[user] += (users_of < 0).sum()
+                for key, values in columns.items():
+                    unknown[key] += (values == OOV).sum() if values.dtype == np.int32 else 0
                 with jax.set_mesh(experiment.mesh):
-                    logits = scored(config, data, score, weights, columns, users_of, times)
+                    logits = scored(
+                        config, data.spec, histories, score, weights, columns, users_of, times
+                    )
                 probability = pa.array(sigmoid(logits).astype(np.float32))
                 writer.write_batch(
                     pa.RecordBatch.from_arrays([*rows.columns, probability], schema=schema)
@@ -90,18 +101,27 @@ def score_file(config, workdir, requests, out, user: str, time: str) -> int:
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
+    shares = [f"{key} {number / count:.1%}" for key, number in unknown.items() if number]
+    print(f"unknown values: {', '.join(shares) or 'none'}")
     return count
 
 
-def opened(path, types, user_type) -> pyarrow.dataset.Dataset:
-    """The file's rows in batches; numbers of a CSV are read as what the raw log's are."""
+def opened(path, types, time: str) -> pyarrow.dataset.Dataset:
+    """The file's rows in batches; a CSV's columns are of `types` or texts, but for the time's."""
     if Path(path).suffix != ".csv":
         return pa.dataset.dataset(path, format="parquet")
-    # Texts are left to the reader: what it takes for numbers is refused, not silently unknown.
-    known = {k: t for k, t in types.items() if not pa.types.is_string(t)}
-    known |= {key.partition("/")[2]: kind for key, kind in known.items()} | user_type
-    convert = pa.csv.ConvertOptions(column_types=known, strings_can_be_null=True)
-    return pa.dataset.dataset(path, format=pa.dataset.CsvFileFormat(convert_options=convert))
+    parse = pa.csv.ParseOptions(newlines_in_values=True)
+
+    def read(**how):
+        convert = pa.csv.ConvertOptions(null_values=[""], strings_can_be_null=True, **how)
+        csv = pa.dataset.CsvFileFormat(parse_options=parse, convert_options=convert)
+        return pa.dataset.dataset(path, format=csv)
+
+    # What the reader would take for numbers in columns that are handed through would come out as
+    # others: 007 as 7.
+    known = {key.partition("/")[2]: kind for key, kind in types.items()} | types
+    names = [name for name in read().schema.names if name != time]
+    return read(column_types={name: known.get(name, pa.string()) for name in names})
 
 
 def values_of(column: pa.Array) -> np.ndarray:
@@ -113,6 +133,8 @@ def values_of(column: pa.Array) -> np.ndarray:
 
 def rows_of_users(column: pa.Array, users: pa.ChunkedArray) -> np.ndarray:
     """[N] rows of users in the history store; -1 = unknown."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if is_text(column.type) != is_text(users.type):
         raise DataError(f"user keys are {column.type}; those of the log are {users.type}")
     found = pc.index_in(column.cast(users.type), value_set=users)
@@ -120,16 +142,17 @@ def rows_of_users(column: pa.Array, users: pa.ChunkedArray) -> np.ndarray:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    texts = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+    return any(is_one(kind) for is_one in texts)
 
 
 def seconds(column: pa.Array, options) -> np.ndarray:
     """[N] int32 seconds as preparation stores them."""
     if column.null_count:
         raise DataError("a time is missing")
-    if pa.types.is_timestamp(column.type):
-        micros = column.cast(pa.timestamp("us", column.type.tz)).cast(pa.int64()).to_numpy()
-        whole = micros // 1_000_000
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        micros = column.cast(pa.timestamp("us"), safe=False)  # of nanoseconds the last digits go
+        whole = micros.cast(pa.int64()).to_numpy() // 1_000_000
     elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         whole = np.floor_divide(column.to_numpy(), UNITS[options.get("time_unit", "s")])
     else:
@@ -143,9 +166,9 @@ def seconds(column: pa.Array, options) -> np.ndarray:
     return whole // floor * floor if floor else whole
 
 
-def scored(config, data, score, weights, columns, users, times) -> np.ndarray:
+def scored(config, spec, histories, score, weights, columns, users, times) -> np.ndarray:
     """[N] logits of rows; `columns` are {"group/column": [N]}, encoded."""
-    b, c, n = config.eval_batch_size, data.spec.max_candidates, len(users)
+    b, c, n = config.eval_batch_size, spec.max_candidates, len(users)
     # A record holds up to C neighbours that share all but the candidate.
     new = np.arange(n) == 0
     for key, values in {"user": users, "time": times, **columns}.items():
@@ -173,11 +196,10 @@ def scored(config, data, score, weights, columns, users, times) -> np.ndarray:
         mask[place] = True
         # Nothing lies before second 0, and row 0 is somebody's.
         before = np.where(users[heads] < 0, 0, times[heads])
-        history = data.histories.last_n(
-            np.maximum(users[heads], 0), config.history_length, before=before
-        )
+        rows = np.maximum(users[heads], 0)
+        history = histories.last_n(rows, config.history_length, before=before)
         batch = serving.request_batch(
-            data.spec,
+            spec,
             history,
             time=times[heads],
             user={k: v[heads] for k, v in group("user").items()},
@@ -193,10 +215,8 @@ def main(argv):
     quiet_checkpoint_logs()
     config = CONFIG.value
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
-    try:
+    with command_line.one_line(pa.ArrowException):
         count = score_file(config, workdir, REQUESTS.value, OUT.value, USER.value, TIME.value)
-    except (*command_line.mendable(), FileNotFoundError, pa.ArrowInvalid) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     print(f"{count:,} rows scored: {OUT.value}")
 
 

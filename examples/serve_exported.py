@@ -8,6 +8,7 @@ and times the call. Take `Model` with you.
 """
 
 import json
+import numbers
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.export
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
@@ -41,33 +43,50 @@ class Model:
             shape = function["requests"], function["candidates"]
             self.functions[shape] = jax.tree_util.Partial(jax.jit(exported.call), weights)
 
-    def encode(self, name: str, values: list) -> np.ndarray:
-        """Raw values of an input as the model takes them: [N] int32 or float32.
+    def encode(self, name: str, values) -> np.ndarray:
+        """Raw values of an input, of any shape, as the model takes them: int32 or float32.
 
-        Values are numbers where the vocabulary's are, else texts; None and NaN are missing, and
-        among texts "" and "nan".
+        As in preparation None and NaN are missing, and among texts "" and "nan"; what a vocabulary
+        lacks is unknown.
+
+        Raises:
+          ValueError: a value is of another type than the raw log's: it would be unknown in silence.
         """
         encoding = self._inputs[name]["encoding"]
-        missing = np.array([v is None or v != v or v in ("", "nan") for v in values], bool)
-        if "mean" in encoding:
-            known = np.where(missing, encoding["mean"], values).astype(float)
-            return np.float32((known - encoding["mean"]) / encoding["scale"])
-        table = self._vocabulary(encoding["vocabulary"])
-        if isinstance(table, np.ndarray):  # lower edges of buckets, the first one's -inf
-            known = np.where(missing, 0, values).astype(float)
-            ids = FIRST_KNOWN + np.searchsorted(table[1:], known, side="right")
-        else:
-            ids = [table.get(v, OOV) for v in values]
-        return np.where(missing, MISSING, ids).astype(np.int32)
+        table, kind = None, numbers.Real
+        if "vocabulary" in encoding:
+            table, kind = self._vocabulary(encoding["vocabulary"])
+        no_text = ("", "nan") if kind is str else ()
+        values = np.array(values, object)
+        missing = _each(lambda v: v is None or v != v or v in no_text, values).astype(bool)
+        for value in values[~missing]:
+            odd = isinstance(value, bool) or not isinstance(value, kind)
+            if odd or (isinstance(table, dict) and kind is not str and value % 1):
+                raise ValueError(f"{name}: {value!r} is of another type than the raw log's")
+        if isinstance(table, dict):
+            ids = _each(lambda v: table.get(v, OOV), values)
+            return np.where(missing, MISSING, ids).astype(np.int32)
+        known = np.where(missing, np.nan, values).astype(float)
+        if table is not None:
+            ids = FIRST_KNOWN + np.searchsorted(table, known, side="right")
+            return np.where(missing, MISSING, ids).astype(np.int32)
+        known = np.where(np.isfinite(known), known, encoding["mean"])
+        return np.float32((known - encoding["mean"]) / encoding["scale"])
 
-    def _vocabulary(self, name: str) -> dict | np.ndarray:
+    def _vocabulary(self, name: str) -> tuple[dict | np.ndarray, type]:
+        """{value: id}, or the edges between buckets; and the type of raw values."""
         if name not in self._vocabularies:
             table = pq.read_table(self.directory / "vocabularies" / f"{name}.parquet")
             values, ids = table["value"].to_pylist(), table["id"].to_pylist()
-            edges = values and isinstance(values[0], float)
-            known = np.array(values) if edges else dict(zip(values, ids, strict=True))
-            self._vocabularies[name] = known
+            edges = pa.types.is_floating(table["value"].type)  # lower ones, the first is -inf
+            known = np.array(values[1:]) if edges else dict(zip(values, ids, strict=True))
+            number = edges or pa.types.is_integer(table["value"].type)
+            self._vocabularies[name] = known, numbers.Real if number else str
         return self._vocabularies[name]
+
+
+def _each(function, values: np.ndarray) -> np.ndarray:
+    return np.frompyfunc(function, 1, 1)(values)
 
 
 def main(directory: str) -> None:
@@ -95,4 +114,6 @@ def main(directory: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/serve_exported.py DIR")
     main(sys.argv[1])

@@ -5,7 +5,8 @@
 
 Loads the histories of the prepared data set into a vault, takes a request of the test split, scores
 100 candidates, appends three behaviours of one candidate's category as if the user had just made
-them, and scores the same candidates again. Any config of this library can be served like this.
+them, and scores the same candidates again. Any config whose histories lie in a store, and not in
+its records, can be served like this.
 """
 
 import shutil
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 import seqvault
-from ctr_jax import serving, steps
+from ctr_jax import command_line, serving, steps
 from ctr_jax.data import open_data
+from ctr_jax.metrics import sigmoid
 from ctr_jax.writers import quiet_checkpoint_logs
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What was trained.", lock_config=True)
@@ -30,17 +32,23 @@ CANDIDATES = flags.DEFINE_integer("candidates", 100, "Scored per request.")
 def main(argv):
     del argv
     quiet_checkpoint_logs()
+    with command_line.one_line():
+        serve()
+
+
+def serve() -> None:
     config = CONFIG.value
     workdir = Path(WORKDIR.value or Path("runs") / config.name)
     data = open_data(config)
+    histories = serving.history_store(data)
     experiment, weights, step = serving.restore(config, workdir)
     score = steps.score_step(experiment)
 
     # ---- a live store, filled from the training snapshot ----
     path = workdir / "vault"
     shutil.rmtree(path, ignore_errors=True)
-    with seqvault.Vault.create(path, data.histories.schema) as vault:
-        loaded = vault.bulk_load(data.histories.scan())
+    with seqvault.Vault.create(path, histories.schema) as vault:
+        loaded = vault.bulk_load(histories.scan())
         print(f"step {step} of {workdir}; {loaded:,} behaviours in {path}")
 
         # ---- a request of the test split: the user, the time, candidates ----
@@ -72,7 +80,7 @@ def main(argv):
                 f"{seen} behaviours read in {(read - began) * 1e3:.2f} ms, "
                 f"{len(logits)} candidates scored in {(done - read) * 1e3:.1f} ms"
             )
-            return 1 / (1 + np.exp(-logits))
+            return sigmoid(logits)
 
         scores()  # compiles
         before = scores()
@@ -105,5 +113,4 @@ def history_mode(vault, column, users) -> int:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command_line.run(main)

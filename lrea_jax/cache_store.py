@@ -38,6 +38,9 @@ class CacheStore:
     Threads: any may call any method, so that one refreshes while others serve; a `lookup` waits for
     no refresh to be computed. Of two that refresh one user at a time the last to end stays.
 
+    What is written has been computed: else what fails on the device would leave arrays of all users
+    that cannot be read.
+
     Args:
       model: whose caches are kept; those of other weights are refused.
       capacity: users; memory is capacity * bytes_per_user from the start.
@@ -76,6 +79,7 @@ class CacheStore:
             another number of rows, or other shapes or types than those that are kept.
         Whatever is raised, nothing was inserted.
         """
+        cache = jax.block_until_ready(cache)
         with self._lock:
             if known := [u for u in users if u in self._slots]:
                 raise ValueError(f"users {known[:5]} are in the store already; use refresh")
@@ -100,7 +104,7 @@ class CacheStore:
         """
         with self._lock:
             self._slots_of(users)
-        cache = precompute(self._model, histories)
+        cache = jax.block_until_ready(precompute(self._model, histories))
         with self._lock:
             slots = self._slots_of(users)
             self._check(users, cache)

@@ -85,8 +85,10 @@ def test_scores_are_written_beside_raw_keys(small_config, tmp_path, monkeypatch)
     np.testing.assert_allclose(scores.logit, again.logit, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scores.probability, 1 / (1 + np.exp(-scores.logit)), rtol=1e-6)
 
-    monkeypatch.setattr(keys, "KEYS", "none")
     monkeypatch.setattr(evaluation, "score_split", None)  # said before anything is scored
+    with pytest.raises(FileExistsError):
+        evaluate(small_config, tmp_path, scores=directory / "test.parquet")
+    monkeypatch.setattr(keys, "KEYS", "none")
     with pytest.raises(DataError, match="prepare it again"):
         evaluate(small_config, tmp_path, scores=tmp_path / "scores")
 

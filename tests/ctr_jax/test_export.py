@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -10,14 +11,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from configs import baselines_alibaba
 from configs.baselines_alibaba import ROWS
 from ctr_jax import export, serving, sharding, steps
 from ctr_jax.config import ConfigError
 from ctr_jax.data import open_data
 from ctr_jax.data.expected import expected_spec
-from ctr_jax.training import train
+from ctr_jax.raw_values import RawValues
 from kernels import ahead_of_time
+from tests.ctr_jax.test_serving import saved
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -45,26 +46,34 @@ def raw_values(tmp_path_factory):
 
 @pytest.fixture
 def trained(small_config, raw_values, tmp_path):
-    """A config of that log, two steps trained in tmp_path."""
+    """A config of that log, a checkpoint of it in tmp_path."""
     split = 1_000_000_000 + 9**7 // 2
     del small_config.data.user_table, small_config.data.users_key, small_config.data.user_columns
     small_config.data.candidate = dict(item="item", name="name", price="price", weight="weight")
     small_config.data.behaviour = dict(item="item", name="name")
     small_config.data.update(
         dict(name="values", raw_dir=str(raw_values), label="label", train=f"ts < {split}",
-             test=f"ts >= {split}",
+             test=f"ts >= {split}", time_floor=60,
              kinds={"candidate/price": "quantile", "candidate/weight": "standard"})
     )  # fmt: skip
-    small_config.total_steps = small_config.checkpoint_steps = 2
-    train(small_config, tmp_path / "run")
+    saved(small_config, tmp_path / "run")
     return small_config
 
 
 def test_a_process_without_this_library_scores_alike(trained, tmp_path):
-    out = tmp_path / "exported"
-    about = export.export(trained, tmp_path / "run", out, [(2, 5), (1, 3)])
-    assert about["step"] == 2 and len(about["functions"]) == 2
+    page, out = tmp_path / "page.py", tmp_path / "exported"
+    page.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"def get_config(arg=''):\n    return ConfigDict(json.loads({trained.to_json()!r}))\n"
+    )
     spec = open_data(trained).spec
+    command = [sys.executable, "-m", "ctr_jax.export", f"--config={page}", "--shapes=2x5,1x3",
+               f"--workdir={tmp_path / 'run'}", f"--out={out}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    about = json.loads((out / "model.json").read_text())
+    assert (about["step"], about["platform"], about["time_floor"]) == (0, "cpu", 60)
+    assert [f["file"] for f in about["functions"]] == ["score_2x5.jax", "score_1x3.jax"]
     assert about["data_hash"] == spec.content_hash
     assert about["encoding_hash"] == spec.encoding_hash != ""
     code = (
@@ -81,8 +90,6 @@ def test_a_process_without_this_library_scores_alike(trained, tmp_path):
 
 @pytest.mark.parametrize("model", ["sparsectr_jax.model", "laser_jax.model", "lrea_jax.model"])
 def test_logits_are_those_of_the_library(small_config, model, tmp_path):
-    from importlib import import_module
-
     from serve_exported import Model
 
     small_config.model = import_module(model).default_config()
@@ -92,13 +99,12 @@ def test_logits_are_those_of_the_library(small_config, model, tmp_path):
     known = {name: size for name, size in small.items() if name in small_config.model}
     small_config.model.update(known)
     small_config.loss.weights = {"non_negativity": 0.3} if "lrea" in model else {}
-    small_config.total_steps = small_config.checkpoint_steps = 1
-    train(small_config, tmp_path / "run")
+    data = saved(small_config, tmp_path / "run")
     export.export(small_config, tmp_path / "run", tmp_path / "out", [(7, 1)])
     served = Model(tmp_path / "out").functions[7, 1]
 
     experiment, weights, _ = serving.restore(small_config, tmp_path / "run")
-    batch = open_data(small_config).split("test").read(np.arange(7), small_config.history_length)
+    batch = data.split("test").read(np.arange(7), small_config.history_length)
     with jax.set_mesh(experiment.mesh):
         expected = steps.score_step(experiment)(weights, batch)
     np.testing.assert_allclose(served(export.flat(batch)), expected, rtol=1e-5, atol=1e-6)
@@ -121,13 +127,29 @@ def test_raw_values_are_encoded_as_they_were_prepared(trained, raw_values, tmp_p
         found = model.encode(f"candidate/{column}", values)
         stored = records[f"candidate/{column}"][:, 0]
         assert found.dtype == stored.dtype
-        np.testing.assert_allclose(found, stored, rtol=1e-6, err_msg=column)
+        np.testing.assert_array_equal(found, stored, err_msg=column)
         assert len(np.unique(stored)) > 5
-    names = model.encode("candidate/name", ["never seen", None, "", "nan"])
-    assert names.tolist() == [1, 2, 2, 2]
-    for value in (None, float("nan")):
-        assert model.encode("candidate/price", [value, 1e9])[0] == 2
-        assert model.encode("candidate/weight", [value, 1e9])[0] == 0
+    library, nan, inf = RawValues(data), float("nan"), float("inf")
+    for column, values in (
+        ("name", ["never seen", None, "", "nan", raw["name"][0]]),
+        ("item", [[0, 1.0], [None, nan], [10**9, np.int64(2)]]),
+        ("item", np.array([[0, 1], [2, 10**9]])),
+        ("price", [[None, nan], [inf, -inf], [0.5, 1e9]]),
+        ("weight", [[None, nan], [inf, -inf], [0.5, 1]]),
+        ("weight", np.array([nan, 0.5], np.float32)),
+        ("item", []),
+    ):
+        expected = library.encode({f"candidate/{column}": values})[f"candidate/{column}"]
+        found = model.encode(f"candidate/{column}", values)
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected, err_msg=f"{column} {values}")
+    for column, value in (
+        ("name", 1), ("name", b"a"), ("item", "1"), ("item", True), ("item", 1.5), ("item", inf),
+        ("item", ""), ("price", "1.5"), ("weight", "1.5"), ("weight", ""), ("weight", True),
+    ):  # fmt: skip
+        for encode in (model.encode, lambda k, v: library.encode({k: v})):
+            with pytest.raises(ValueError, match=f"candidate/{column}"):
+                encode(f"candidate/{column}", [None, value])
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
@@ -143,9 +165,14 @@ def test_other_platforms_are_exported_for_here(trained, tmp_path, platform):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS)
-def test_every_baseline_can_be_exported(row):
-    config = baselines_alibaba.get_config(row)
+@pytest.mark.parametrize(
+    "page",
+    ["sparsectr_alibaba", "laser_alibaba", "lrea_taobao"]
+    + [f"baselines_alibaba:{row}" for row in ROWS],
+)
+def test_every_model_can_be_exported(page):
+    module, _, variant = page.partition(":")
+    config = import_module(f"configs.{module}").get_config(variant)
     config.history_length = min(config.history_length, 128)
     spec, _ = expected_spec(config, {})
     mesh = sharding.make_mesh(data=1)
@@ -181,18 +208,3 @@ def test_what_cannot_be_exported_says_so(trained, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         export.export(trained, tmp_path / "run", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
-
-
-def test_the_command(trained, small_config, tmp_path):
-    page = tmp_path / "page.py"
-    page.write_text(
-        "import json\nfrom ml_collections import ConfigDict\n"
-        f"def get_config(arg=''):\n    return ConfigDict(json.loads({small_config.to_json()!r}))\n"
-    )
-    command = [sys.executable, "-m", "ctr_jax.export", f"--config={page}", "--shapes=1x2",
-               f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "out" / "model.json").read_text())["platform"] == "cpu"
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ConfigError: ")

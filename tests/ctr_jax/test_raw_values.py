@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ctr_jax.data import keys
@@ -32,6 +33,7 @@ def log():
     log = raw_logs.draw(2)
     log["events"][5]["tab"] = "missing"
     log["events"][6]["tab"] = "missing"
+    log["events"][7]["tab"] = log["events"][8]["tab"] = "'missing'"
     return log
 
 
@@ -113,10 +115,22 @@ def test_arrays_of_any_shape_and_type(data):
     assert kinds == [pa.int64(), pa.string(), pa.float64(), pa.float64()]
 
 
+def test_a_vocabulary_is_read_once_to_encode(data, monkeypatch):
+    """It may hold all items there are."""
+    raw, read, files = RawValues(data), pq.read_table, []
+    monkeypatch.setattr(
+        pq, "read_table", lambda path, **how: files.append(path) or read(path, **how)
+    )
+    for _ in range(2):
+        raw.encode({"candidate/item": [0], "candidate/title": ["a"], "candidate/amount": [1.0]})
+    assert sorted(path.stem for path in files) == ["amount", "item", "title"]
+
+
 def test_names_are_for_people_and_distinct(data):
     raw = RawValues(data)
-    ids = raw.encode({"context/tab": [None, "nowhere", "a", "missing"]})["context/tab"]
-    assert raw.names("context/tab", ids) == ["missing", "out of vocabulary", "a", "'missing'"]
+    ids = raw.encode({"context/tab": [None, "nowhere", "a", "missing", "'missing'"]})
+    names = raw.names("context/tab", ids["context/tab"])
+    assert names == ["missing", "out of vocabulary", "a", "'missing'", "\"'missing'\""]
     names = raw.names("user/fans", np.arange(2, 7))
     assert names[0] == "missing" and names[1].startswith("[-inf, ") and names[4].endswith(", inf)")
     assert names[1].split(", ")[1][:-1] == names[2].split(", ")[0][1:]

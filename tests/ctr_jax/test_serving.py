@@ -1,5 +1,7 @@
 """Live requests, whose history a store has just read: scored as evaluation scores, or refused."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from ctr_jax import micro_batches, serving, sharding, steps
 from ctr_jax.checkpoints import Checkpoints
 from ctr_jax.config import identity
 from ctr_jax.data import open_data, pipeline
+from ctr_jax.data.errors import DataError
 from tests.lrea_jax.cases import SPEC
 
 
@@ -44,8 +47,9 @@ def test_live_requests_are_scored_as_evaluation_scores_them(small_config, model,
     if model == "laser":
         small_config.model = laser_jax.model.default_config()
         small_config.model.update(
-            dict(embedding_width=4, width=8, segment=5, key_width=4, head_hidden=(6,))
-        )
+            dict(embedding_width=4, width=8, segment=5, key_width=4, head_hidden=(6,),
+                 num_layers=1, fusion_blocks=1)
+        )  # fmt: skip
     small_config.micro_batch = 16
     data = saved(small_config, tmp_path / "run")
     experiment, weights, _ = serving.restore(small_config, tmp_path / "run")
@@ -54,8 +58,9 @@ def test_live_requests_are_scored_as_evaluation_scores_them(small_config, model,
     def columns(group):
         return {c.name: records[f"{group}/{c.name}"] for c in data.spec.group(group)}
 
-    with seqvault.Vault.create(tmp_path / "vault", data.histories.schema) as vault:
-        vault.bulk_load(data.histories.scan())
+    histories = serving.history_store(data)
+    with seqvault.Vault.create(tmp_path / "vault", histories.schema) as vault:
+        vault.bulk_load(histories.scan())
         live = serving.request_batch(
             data.spec,
             vault.last_n(
@@ -67,6 +72,8 @@ def test_live_requests_are_scored_as_evaluation_scores_them(small_config, model,
     with jax.set_mesh(experiment.mesh):
         expected = np.asarray(score(weights, first_batch(small_config, data)))[:2]
         np.testing.assert_allclose(score(weights, live), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(DataError, match="histories lie in its records"):
+        serving.history_store(dataclasses.replace(data, histories=None))
     assert live.behaviour_mask.any() and len(np.unique(expected)) == 2
 
 
@@ -117,6 +124,9 @@ REFUSED = {
     "negative": ({"history/item": [[2, 2], [2, -1], [2, 2]]}, r"behaviour/item\[1, 1\] is -1: ids"),
     "of users": ({"user/age": [2, 2, 90]}, r"user/age\[2\] is 90: ids of vocabulary 'age'"),
     "floats": ({"candidate/item": np.full((3, 4), 2.9)}, f"candidate/item is float64: {OF_ITEM}"),
+    "no number": ({"candidate/price": np.where(np.eye(3, 4) == 1, np.nan, 1.0)},
+                  r"candidate/price\[0, 0\] is nan: standardised values are finite numbers"),
+    "texts": ({"candidate/price": np.full((3, 4), "1")}, "candidate/price is <U1: standardised"),
     "milliseconds": ({"time": np.array([100, 200, 1_700_000_000_000])},
                      r"time\[2\] is 1700000000000: times are seconds, as int32"),
     "milliseconds of behaviours": ({"history/time": [[0, 2**31]] * 3},
@@ -131,6 +141,8 @@ REFUSED = {
                         r"candidate/item has shape \(3,\), not \[B, C\]"),
     "other length": ({"history/type": [[2]] * 3},
                      r"behaviour/type has shape \(3, 1\), not \(3, 2\)"),
+    "left-aligned": ({"history/mask": [[False, True], [True, False], [True, True]]},
+                     r"history's mask\[1, 0\] is True: a history stands at the right"),
     "mask of numbers": ({"history/mask": np.ones((3, 2), np.int8)}, "must be bool, not int8"),
     "no column": ({"candidate": dict(item=np.ones((3, 4), int))}, r"columns \['price'\] of 'test'"),
     "no mask": ({"history": dict(item=np.ones((3, 2), int), type=np.ones((3, 2), int))},

@@ -332,3 +332,32 @@ def test_users_are_looked_up_while_a_thread_writes(served, monkeypatch):
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
         rows(got, [1]), rows(fresh, [2]),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["insert", "refresh"])
+def test_only_what_has_been_computed_is_written(served, monkeypatch, what):
+    """Else a lookup would wait for it, and what fails in it would take all users' caches along."""
+    model, embedded, _ = served
+    cache = precompute(model, embedded)
+    store, write, ready = CacheStore(model, B), cache_store._write, []
+    if what == "refresh":
+        store.insert(range(B), cache)
+
+    @jax.jit
+    def slow(x):
+        square = jax.lax.fori_loop(0, 40, lambda _, y: y @ y * 1e-3, jnp.ones((800, 800)))
+        return x + 0 * square[0, 0]
+
+    def checked(fields, slots, rows):
+        ready.append(rows.total.is_ready())
+        return write(fields, slots, rows)
+
+    monkeypatch.setattr(cache_store, "_write", checked)
+    slow(cache.total).block_until_ready()  # compiles
+    late = cache.replace(total=slow(cache.total))
+    if what == "insert":
+        store.insert(range(B), late)
+    else:
+        monkeypatch.setattr(cache_store, "precompute", lambda *_: late)
+        store.refresh(range(B), embedded)
+    assert ready == [True]

@@ -36,8 +36,14 @@ def test_behaviours_that_the_store_cannot_name_are_refused_before_the_log_is_rea
     plan(Field("behaviour", name), inline_history=5)
 
 
-def test_what_the_store_raises_is_one_line_at_the_command_line():
+def test_what_is_the_users_to_mend_is_one_line_at_the_command_line():
     assert VaultError in command_line.mendable() and DataError in command_line.mendable()
+    for error in (DataError("no such column"), OSError("no space left"), KeyError("other")):
+        with pytest.raises(SystemExit, match=f"^{type(error).__name__}: "):
+            with command_line.one_line(KeyError):
+                raise error
+    with pytest.raises(KeyError), command_line.one_line():
+        raise KeyError
 
 
 @pytest.mark.parametrize("name", ["", 'a"b'])
