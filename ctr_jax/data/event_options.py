@@ -115,7 +115,7 @@ def event_columns(options: Mapping[str, Any]) -> dict[str, str]:
 def event_expressions(options: Mapping[str, Any]) -> dict[str, str]:
     """{option: SQL over an event and its item}."""
     names = ("user", "time", "label", "is_behaviour", "train", "valid", "test", "request")
-    found = {name: str(options[name]) for name in names if options[name]}
+    found = {name: str(options[name]) for name in names if options[name] or name != "valid"}
     if is_given_request(options):
         del found["request"]
     columns = event_columns(options).items()
@@ -127,6 +127,17 @@ def user_expressions(options: Mapping[str, Any]) -> dict[str, str]:
     return {f"user_columns.{name}": str(sql) for name, sql in options["user_columns"].items()}
 
 
+def all_expressions(options: Mapping[str, Any]) -> dict[str, str]:
+    """{option: SQL} of all options that hold SQL."""
+    prior = options["prior"].get("behaviour", {}).items()
+    return {
+        "item": str(options["item"]),
+        **event_expressions(options),
+        **user_expressions(options),
+        **{f"prior.behaviour.{name}": str(sql) for name, sql in prior},
+    }
+
+
 def is_given_request(options: Mapping[str, Any]) -> bool:
     """Whether `request` is one of the ways that it names, not SQL of a request id."""
     return isinstance(options["request"], int) or options["request"] in ("event", "time")
@@ -135,9 +146,7 @@ def is_given_request(options: Mapping[str, Any]) -> bool:
 def needed_columns(con: duckdb.DuckDBPyConnection, options: Mapping[str, Any]) -> set[str] | None:
     """Columns that every raw file must have, in small letters; None = all."""
     prior = options["prior"]
-    sql = [*event_expressions(options).values(), *user_expressions(options).values()]
-    sql += [str(options["item"]), *map(str, prior.get("behaviour", {}).values())]
-    names = mentioned(con, sql, aliases=("e", "i", "p"))
+    names = mentioned(con, all_expressions(options).values(), aliases=("e", "i", "p"))
     keys = [options["items_key"], options["users_key"]]
     keys += [prior[name] for name in ("user", "items", "time") if name in prior]
     return names if names is None else names | {key.lower() for key in keys}

@@ -19,6 +19,7 @@ import duckdb
 from ctr_jax.data.builder import PreparedBuilder, Report
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.event_options import (
+    all_expressions,
     check_types,
     complete,
     event_columns,
@@ -30,6 +31,7 @@ from ctr_jax.data.event_options import (
 )
 from ctr_jax.data.event_times import seconds, stored_time, time_value, too_late
 from ctr_jax.data.expressions import (
+    check_alone,
     check_column,
     check_expressions,
     looks_elsewhere,
@@ -53,6 +55,7 @@ class Events(PreparedBuilder, skip_registration=True):
     @staticmethod
     def raw_files(options: Mapping[str, Any]) -> list[Path]:
         options = complete(options)
+        check_alone(all_expressions(options))  # here, before any process runs one of them
         files = find_files(options["raw_dir"], options["events"])
         for name in (options["item_table"], options["user_table"], options["prior"].get("file")):
             if name:
@@ -262,10 +265,8 @@ def _with_values(
 
 def _check_within_users(options: Mapping[str, Any], tables: Mapping[str, str]) -> None:
     """Raises DataError if SQL may look at other users' rows of tables that are cut by user."""
-    expressions = {"item": str(options["item"]), **event_expressions(options)}
-    expressions |= user_expressions(options)
     with duckdb.connect() as con:
-        for option, sql in expressions.items():
+        for option, sql in all_expressions(options).items():
             if may_leave_user(con, sql, options["user"], tables):
                 raise DataError(
                     f"data.{option} {sql!r} may look at rows of other users, which other shards "

@@ -109,7 +109,9 @@ def test_a_bad_row_is_skipped_where_the_label_looks_at_other_rows(tmp_path):
         ("max(clicked) OVER (PARTITION BY session, e.USER)", False),
         ("max(clicked) OVER (PARTITION BY session)", True),
         ("count(*) OVER () > 3 AND clicked = 1", True),
+        ("max(clicked) OVER (PARTITION BY i.user)", True),
         (f"EXISTS ({CLICK})", True),
+        (f"EXISTS ({CLICK.replace('raw_events', 'RAW_EVENTS')})", True),
         ("price > (SELECT avg(price) FROM raw_items)", False),
         ("clicked", False),
     ],
@@ -121,6 +123,81 @@ def test_shards_of_users_refuse_what_looks_at_other_users(tmp_path, label, refus
             Events.shard_keys(options)
     else:
         assert Events.shard_keys(options)["raw_events"] == '"user"'
+
+
+# Over nothing else
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("(SELECT size FROM read_text('{}')) > 0", r"it reads read_text\(\)"),
+        ("(SELECT count(*) FROM '{}') > 0", "it reads '/.*secret.csv'"),
+        ('(WITH "{0}" AS (SELECT 1) SELECT 1) + (SELECT 1 FROM "{0}")', "it reads '/.*secret.csv'"),
+        ("(SELECT count(*) FROM duckdb_settings())", r"it reads duckdb_settings\(\)"),
+        ("(SELECT count(*) FROM main.users)", "it reads 'main.users'"),
+        ("(FROM (SHOW TABLES) SELECT count(*))", "it reads the catalogue"),
+        ("1) FROM raw_events e; COPY (SELECT 1) TO '{}'; SELECT (1", 'Parser Error.*near "\\)"'),
+        ("rating) + (1", 'Parser Error.*near "\\)"'),
+        ("rating) AS a, (1", 'Parser Error.*near "\\)"'),
+        ("rating;", "Parser Error"),
+        ("", "Parser Error"),
+        ("*", "several columns"),
+        ("e.*", "several columns"),
+        ("?", "parameter"),
+        ("unnest([1, 2])", "several rows of one"),
+        ("1 + generate_subscripts([1, 2], 1)", "several rows of one"),
+        ("random() < .5", r"random\(\) does not give the same"),
+        ("epoch(now()) > ts", r"now\(\) does not give the same"),
+        ("age(to_timestamp(ts))", r"age\(\) does not give the same"),
+        ("(SELECT max(ts) FROM raw_events TABLESAMPLE 10%)", "sample"),
+        ("current_date", "no column 'current_date'; events-0.parquet has"),
+        ("sum(rating)", "it adds up over rows"),
+    ],
+)
+def test_what_is_no_expression_over_the_log_is_refused(tmp_path, sql, message):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(3), "parquet")
+    secret = tmp_path / "secret.csv"
+    secret.write_text("a\n1\n")
+    sql = sql.format(secret)
+    options = config(tmp_path, user_table="users.parquet", item_table="items.parquet")
+    options |= {"context": {"c": sql}, "item": "e.item"}
+    with pytest.raises(DataError, match=f"data.context.c {re.escape(repr(sql))}: .*{message}"):
+        prepare(options)
+    assert secret.read_text() == "a\n1\n"
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "(SELECT max(x) FROM (SELECT unnest([e.item, 3]) AS x))",
+        "(SELECT max(x) FROM unnest([e.item, 3]) t(x))",
+        "(WITH r AS (SELECT max(e.item) OVER () AS x) SELECT greatest(x, 3) FROM r)",
+        "list_max([greatest(x, 3) for x in [e.item]])",
+        "greatest(e.item, 3) /* at least 3 */",
+    ],
+)
+def test_expressions_may_have_lists_and_subqueries_of_their_own(tmp_path, sql):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(3), "parquet")
+    found, expected = (
+        content_hash(config(tmp_path, context={"c": c})) for c in (sql, "greatest(item, 3)")
+    )
+    assert found == expected
+
+
+def test_a_log_without_the_users_column_is_not_of_a_user_called_duckdb(tmp_path):
+    log = raw_logs.draw(3)
+    for event in log["events"]:
+        event["who"] = event.pop("user")
+    raw_logs.write(tmp_path / "raw", log, "parquet")
+    with pytest.raises(DataError, match="data.user 'user': no column 'user'; events-0.parquet has"):
+        prepare(config(tmp_path, user_columns={}))
+
+
+def test_every_function_of_chance_is_known():
+    volatile = "SELECT DISTINCT function_name FROM duckdb_functions() WHERE stability = 'VOLATILE'"
+    found = {name for (name,) in duckdb.connect().execute(volatile).fetchall()}
+    assert {"random", "uuid"} <= found <= expressions.UNSTABLE | {"error"}
 
 
 # Absent columns
