@@ -41,7 +41,7 @@ from ctr_jax.data.expressions import (
 from ctr_jax.data.plan import Field, Plan
 from ctr_jax.data.raw import RawTable
 from ctr_jax.data.raw_files import find_files
-from ctr_jax.data.raw_types import FLOATS, is_nan, not_of_type, refuse_lists
+from ctr_jax.data.raw_types import FLOATS, is_nan, no_id, not_of_type, refuse_lists
 from ctr_jax.data.row_checks import check_rows, equal, unique_key
 from ctr_jax.data.sql import own, sql_name
 
@@ -203,6 +203,9 @@ class Events(PreparedBuilder, skip_registration=True):
     def _create_prior_behaviours(self, con, options, tables, report, how) -> None:
         prior = options["prior"]
         files = find_files(options["raw_dir"], prior["file"])
+        # A user is compared with the events' own, to which DuckDB would round one of another type.
+        users = {prior["user"]: type_of(con, "user_key", "good_events")}
+        how = {**how, "types": {**how["types"], **users}}
         table = self.read_table(con, "raw_prior", files, report, **how)
         for name in ("user", "items", "time"):
             check_column(f"prior.{name}", prior[name], table)
@@ -312,7 +315,8 @@ def _event_checks(
     for table, sql in (("item", f"e.{_ITEM}"), ("user", user)):
         if options[f"{table}_table"]:
             kind = type_of(con, sql_name(options[f"{table}s_key"]), f"raw_{table}s")
-            wanted[f"value that is no {kind}, as {table}s_key is"] = (sql, kind)
+            if bad := no_id(f"({sql})", type_of(con, sql, source), kind):
+                checks[f"value that is no {kind}, as {table}s_key is"] = (bad, f"({sql})")
     for what, (sql, kind) in wanted.items():
         if kind != "VARCHAR" == type_of(con, sql, source):
             checks[what] = (not_of_type(f"({sql})", kind), f"({sql})")

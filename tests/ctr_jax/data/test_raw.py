@@ -127,6 +127,17 @@ def test_whole_and_other_numbers_of_parquet_files_are_of_both(tmp_path):
     assert loaded([narrow, long])[0][-1] == (2**53 + 1,)
 
 
+@pytest.mark.parametrize(("kind", "first"), [(np.float64, 2**53), (np.float32, 2**24)])
+def test_a_float_that_several_whole_numbers_are_is_a_bad_row_beside_them(tmp_path, kind, first):
+    whole = parquet(tmp_path / "1.parquet", a=[1, 2])
+    lost = parquet(tmp_path / "2.parquet", a=np.array([3, first - 1, first, 4], kind))
+    with pytest.raises(DataError, match=r"2.parquet: row group 1, row 0: .*'a', which is BIGINT"):
+        loaded([whole, lost])
+    rows, _, skipped = loaded([whole, lost], "skip")
+    assert [row[0] for row in rows] == [1, 2, 3, first - 1, 4]
+    assert skipped == {"value of the wrong type": 1}
+
+
 def test_a_parquet_column_without_values_takes_the_type_of_another_file(tmp_path):
     for nothing in (pa.nulls(2), pa.array([None, None], pa.float64())):
         empty = parquet(tmp_path / "1.parquet", a=nothing, b=[1, 2])
