@@ -49,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "kinds": {},  # {"group/column": "quantile" | "standard"}; the others are ids
     "vocabularies": {},  # {"group/column": vocabulary}; columns of one name share one
 }
-_PRIOR = {"file", "user", "items", "time", "behaviour"}
+_PRIOR = ("file", "user", "items", "time")  # and, optionally, behaviour
 _RENAMED = {"items": "item_table", "users": "user_table"}  # ConfigDict has a method `items`
 
 
@@ -66,10 +66,13 @@ def complete(options: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(f"data.time_unit is {full['time_unit']!r}; use one of {sorted(UNITS)}")
     if not full["train"] or not full["test"]:
         raise DataError("data.train and data.test must say which events are targets of which split")
-    unknown = sorted(set(full["prior"]) - _PRIOR)
-    if unknown:
-        raise DataError(f"data.prior has no options {unknown}; it knows {sorted(_PRIOR)}")
-    full["request"] = _request(full["request"])
+    for name, default in DEFAULTS.items():
+        if isinstance(default, dict) and not isinstance(full[name], Mapping):
+            raise DataError(f"data.{name} is {full[name]!r}; use a dict, {{}} for nothing")
+    _check_prior(full["prior"], full["behaviour"])
+    if _number(full["request"]) is not None:
+        full["request"] = _whole_seconds("request", full["request"], 1)
+    full["time_floor"] = _whole_seconds("time_floor", full["time_floor"], 0)
     return full
 
 
@@ -87,14 +90,31 @@ def check_types(options: Mapping[str, Any]) -> None:
         raise DataError(f"data.types names {unknown}; the raw tables have {sorted(known)}")
 
 
-def _request(request: Any) -> Any:
-    """A number of seconds as an int, which a command line gives as text; the others unchanged."""
+def _check_prior(prior: Mapping[str, Any], behaviour: Mapping[str, Any]) -> None:
+    """Raises DataError if prior histories are given by half or for columns that there are not."""
+    if unknown := sorted(set(prior) - {*_PRIOR, "behaviour"}):
+        raise DataError(f"data.prior has no options {unknown}; it knows {[*_PRIOR, 'behaviour']}")
+    if prior and (missing := [name for name in _PRIOR if not prior.get(name)]):
+        raise DataError(f"data.prior lacks {missing}")
+    if unknown := sorted(set(prior.get("behaviour", ())) - set(behaviour)):
+        raise DataError(
+            f"data.prior.behaviour names {unknown}; the columns of data.behaviour are "
+            f"{sorted(behaviour)}"
+        )
+
+
+def _number(value: Any) -> float | None:
+    """A number, which a command line gives as text; None = it is none."""
     try:
-        number = float(request)
+        return float(value)
     except (TypeError, ValueError):
-        return request
-    if not (number >= 1 and number.is_integer()):
-        raise DataError(f"data.request is {request!r}; use whole seconds, at least 1")
+        return None
+
+
+def _whole_seconds(option: str, value: Any, least: int) -> int:
+    number = _number(value)
+    if number is None or not (number >= least and number.is_integer()):
+        raise DataError(f"data.{option} is {value!r}; use whole seconds, at least {least}")
     return int(number)
 
 

@@ -34,6 +34,7 @@ from ctr_jax.data.expressions import (
     check_alone,
     check_column,
     check_expressions,
+    column_of,
     looks_elsewhere,
     may_leave_user,
     type_of,
@@ -119,7 +120,7 @@ class Events(PreparedBuilder, skip_registration=True):
             "raw_events",
             find_files(options["raw_dir"], options["events"]),
             report,
-            numeric=(options["time"], options["label"]),
+            numeric=[column_of(con, str(options[name])) for name in ("time", "label")],
             **how,
         )
         source, tables = self._source(con, options, events, report, how)

@@ -155,6 +155,13 @@ def no_column(option: str, sql: str, column: str, tables: Iterable[RawTable]) ->
     return DataError(f"data.{option} {sql!r}: no column {column!r}; {has}{hint}")
 
 
+def column_of(con: duckdb.DuckDBPyConnection, sql: str) -> str:
+    """The column of the event that an expression is, in small letters; "" if it is another."""
+    [tree] = _selected(_parsed(con, f"SELECT ({sql})"))
+    names = _bare(tree) if "column_names" in tree else []
+    return names[0] if len(names) == 1 else ""
+
+
 def mentioned(
     con: duckdb.DuckDBPyConnection, expressions: Iterable[str], aliases: Collection[str]
 ) -> set[str] | None:

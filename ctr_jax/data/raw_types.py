@@ -195,13 +195,14 @@ def _csv_types(
     found = {}
     for i, column in enumerate(named):
         whole, fit, real, moment = (share or 0.0 for share in answers[4 * i : 4 * i + 4])
-        enough = _MOST if column in numeric else _NEARLY_ALL
+        is_numeric = column.lower() in numeric
+        enough = _MOST if is_numeric else _NEARLY_ALL
         kind = "DOUBLE" if real >= enough else "VARCHAR"
         if whole >= enough and whole == real:
             # An id that is too large is an id all the same; a time or label that is, is wrong.
-            all_fit = fit == whole or (column in numeric and fit >= enough)
+            all_fit = fit == whole or (is_numeric and fit >= enough)
             kind = "BIGINT" if all_fit else "VARCHAR"
-        elif column in numeric and kind == "VARCHAR" and moment >= enough:
+        elif is_numeric and kind == "VARCHAR" and moment >= enough:
             kind = "TIMESTAMPTZ"  # UTC's where it has no zone
         found[column] = kind
     return found

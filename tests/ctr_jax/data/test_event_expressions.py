@@ -212,7 +212,10 @@ def test_every_function_of_chance_is_known():
         ({"request": "e.sesion", "max_candidates": 2}, "data.request 'e.sesion': no column 'ses"),
         ({"item": "itm"}, "data.item 'itm': no column 'itm'"),
         ({"context": {"tab": "tap"}}, "data.context.tab 'tap': no column 'tap'"),
-        ({"behaviour": {"a": "i.autor"}}, r"data.behaviour.a 'i.autor': .*; items.parquet has \["),
+        (
+            {"behaviour": {"a": "i.autor"}, "prior": {"behaviour": {}}},
+            r"data.behaviour.a 'i.autor': .*; items.parquet has \[",
+        ),
         ({"candidate": {"item": "nothing"}}, r"data.candidate.item 'nothing': [^?]*$"),
         ({"users_key": "id"}, r"data.users_key 'id': no column 'id'; users.parquet has"),
         ({"items_key": "video"}, r"data.items_key 'video': no column 'video'; items.parquet has"),
@@ -291,6 +294,29 @@ def test_the_names_that_an_expression_mentions():
 def test_a_table_under_the_old_name_is_refused(tmp_path, old, new):
     with pytest.raises(DataError, match=f"data.{old} is data.{new}"):
         prepare(config(tmp_path, **{old: "table.parquet"}))
+
+
+PRIOR = {"file": "prior.parquet", "user": "user", "items": "seen", "time": "last"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prior": {"file": "prior.parquet", "user": "user"}}, r"data.prior lacks \['items', 'ti"),
+        ({"prior": {**PRIOR, "behaviour": {"itme": "p.item"}}}, r"behaviour names \['itme'\]; the"),
+        ({"prior": {**PRIOR, "item": "seen"}}, r"data.prior has no options \['item'\]; it knows"),
+        ({"prior": None}, "data.prior is None; use a dict"),
+        ({"candidate": "item"}, "data.candidate is 'item'; use a dict"),
+        ({"types": []}, r"data.types is \[\]; use a dict"),
+        ({"time_floor": -60}, "data.time_floor is -60; use whole seconds, at least 0"),
+        ({"time_floor": 0.5}, "data.time_floor is 0.5; use whole seconds, at least 0"),
+        ({"time_floor": "hour"}, "data.time_floor is 'hour'; use whole seconds, at least 0"),
+    ],
+)
+def test_an_option_that_would_be_left_unread_is_refused(tmp_path, changes, message):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(3), "parquet")
+    with pytest.raises(DataError, match=message):
+        prepare(config(tmp_path, **changes))
 
 
 def test_every_option_can_be_given_by_flag():

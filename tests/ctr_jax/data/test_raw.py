@@ -289,7 +289,8 @@ def test_date_times_of_a_csv(tmp_path):
         raw_logs.write(directory / "raw", log, "csv")
         cut = raw_logs.TEST_FROM
         splits = {"train": f"seconds < {cut}", "test": f"seconds >= {cut}"}
-        path = prepare(config(directory, events="events-*.csv", **splits))
+        time = "ts" if zone else 'e."TS"'
+        path = prepare(config(directory, events="events-*.csv", time=time, **splits))
         if expected is None:
             raw_logs.write(tmp_path / "raw", raw_logs.draw(3), "csv")
             expected = content_hash(prepare(config(tmp_path, events="events-*.csv")))
