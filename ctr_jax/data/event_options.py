@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "types": {},  # DuckDB types of columns that the first rows, or files, do not tell
     "user": "user",
     "time": "time",  # a number in time_unit, or a date-time, which without a zone is UTC's
-    "time_unit": "s",
+    "time_unit": "s",  # or ms, us; date-times are floored to it
     "time_floor": 0,  # seconds; every stored time is floored to a multiple of it
     "label": "label",  # 0 or 1 (or a condition), read where the event is a target
     "is_behaviour": "TRUE",  # events that enter the history of later requests

@@ -234,6 +234,33 @@ def test_suffixes_in_capitals(tmp_path):
     assert content_hash(prepare(config(tmp_path, events="log.CSV.GZ"))) == expected
 
 
+@pytest.mark.parametrize("name", ["log.csv.zst", "log.CSV.ZST"])
+def test_zstandard_files(tmp_path, name):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(3), "csv")
+    content = (tmp_path / "raw" / "events-0.csv").read_bytes()
+    (tmp_path / "raw" / name).write_bytes(pa.compress(content, "zstd", asbytes=True))
+    found, expected = (
+        content_hash(prepare(config(tmp_path, events=events))) for events in (name, "events-0.csv")
+    )
+    assert found == expected
+    text = content.replace(b"\n", b"\nx,", 3)
+    (tmp_path / "raw" / name).write_bytes(pa.compress(text, "zstd", asbytes=True))
+    with pytest.raises(DataError, match=f"{name}: line 2: row of the wrong width"):
+        prepare(config(tmp_path, events=name))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(b"a,b\n1,2\n" * 99), b"PAR1\x15\x04\x15\x84", "a,b\n".encode("utf-16")],
+    ids=["gzip", "parquet", "utf-16"],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path, content):
+    path = tmp_path / "1.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"1.csv: the header is no text in UTF-8; .*suffix, .parq"):
+        loaded([path])
+
+
 # Headers and cells
 
 
