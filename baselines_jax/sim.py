@@ -167,7 +167,7 @@ class SoftSIM(nn.Module):
         pooled = jnp.einsum("bdk,bck->bcd", history, q, **exact).astype(q.dtype)
         head = MLPHead(self.hidden, base_rate=self.base_rate, name="search_head")
         logits = head(jnp.concatenate([candidates, pooled], -1))
-        loss = binary_cross_entropy(logits, batch.label, batch.candidate_mask)
+        loss = binary_cross_entropy(logits, batch.label, batch.candidate_mask, weights=batch.weight)
         return found, {"search": loss}
 
 

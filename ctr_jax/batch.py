@@ -33,6 +33,8 @@ class RequestBatch:
       candidate: {column: [B, C]} int32 ids or float32 values.
       candidate_mask: [B, C] bool.
       label: [B, C] float32 in {0, 1}.
+      weight: [B, C] float32, 0 or more: how many times a candidate counts in losses and metrics.
+        None, of data without weights: once.
     """
 
     user_id: Array
@@ -46,6 +48,7 @@ class RequestBatch:
     candidate: dict[str, Array]
     candidate_mask: Array
     label: Array
+    weight: Array | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -23,6 +23,7 @@ from absl import logging
 
 from ctr_jax import manifests, processes
 from ctr_jax.config import without_speed
+from ctr_jax.measures import best_step, steps_to_delete
 from ctr_jax.sharding import path_name
 from ctr_jax.writers import read_json
 
@@ -278,6 +279,14 @@ class Checkpoints:
         steps = self.steps()
         return best_step(steps, {s: self.metrics(s) for s in steps}, metric)
 
+    def since_best(self, until: int) -> tuple[int | None, int]:
+        """The step up to `until` with the best `best_metric`, and how many were measured after."""
+        found = {int(p.stem): read_json(p) for p in (self.workdir / "metrics").glob("*.json")}
+        split = self._best_metric.lstrip("-").split("/")[0]
+        steps = sorted(s for s, measured in found.items() if s <= until and split in measured)
+        best = best_step(steps, found, self._best_metric)
+        return best, 0 if best is None else sum(s > best for s in steps)
+
     def metrics_path(self, step: int) -> Path:
         return self.workdir / "metrics" / f"{step}.json"
 
@@ -298,36 +307,6 @@ class Checkpoints:
                 self.finish()
         finally:
             self._manager.close()
-
-
-def steps_to_delete(
-    steps: Collection[int],
-    metrics: Mapping[int, Mapping],
-    being_evaluated: Collection[int],
-    *,
-    keep_last: int,
-    best_metric: str,
-) -> list[int]:
-    """The steps outside the last `keep_last`, the best measured one, and those being evaluated.
-
-    While a step is not yet measured it may still turn out the best, but it is not held for that:
-    an evaluator that lags far behind must not fill the disk.
-    """
-    steps = sorted(steps)
-    keep = {*steps[-keep_last:], *being_evaluated, best_step(steps, metrics, best_metric)}
-    return [s for s in steps if s not in keep]
-
-
-def best_step(
-    steps: Collection[int], metrics: Mapping[int, Mapping], best_metric: str
-) -> int | None:
-    """The step whose "split/metric" is highest (lowest after a "-"), or None."""
-    split, name = best_metric.lstrip("-").split("/")
-    measured = {s: metrics.get(s, {}).get(split, {}).get(name) for s in steps}
-    measured = {s: v for s, v in measured.items() if isinstance(v, int | float)}
-    if not measured:
-        return None
-    return (min if best_metric.startswith("-") else max)(measured, key=lambda s: measured[s])
 
 
 def refuse_mismatch(

@@ -46,6 +46,7 @@ BOUNDS = (
             "history_length",
             "micro_batch",
             "profile_steps",
+            "patience",
             "clip_norm",
             "table_optimizer.init_scale",
         )
@@ -133,6 +134,8 @@ def base_config() -> ConfigDict:
     config.validate = True
     config.keep_last = 2
     config.best_metric = "valid/auc"
+    # Training ends after that many checkpoints in a row that are no better by best_metric; 0 = not.
+    config.patience = 0
     # "candidate/<name>", "user/<name>", "context/<name>": metrics by that column as well.
     config.slices = ()
 
@@ -208,6 +211,8 @@ def check(config: ConfigDict) -> None:
             f"best_metric {config.best_metric!r}: choose one of {', '.join(BEST_METRICS)} ('-' = "
             "the least)"
         )
+    if config.patience and not config.validate:
+        raise ConfigError("patience needs config.validate: it counts what the trainer measures")
 
 
 def value_of(config: ConfigDict, name: str):

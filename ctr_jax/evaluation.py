@@ -55,7 +55,8 @@ def score_split(
     def keep(batch, logits, planned):
         batch, logits = processes.whole(batch, logits, mesh)
         candidates.append(batch.candidate_mask[: len(planned.records)].sum(1))
-        scores.add(batch, logits, history_length=lengths[planned.records])
+        length = lengths[planned.records]
+        scores.add(batch, logits, weights=batch.weight, history_length=length)
 
     for batch, planned in zip(pipeline.eval_batches(requests, **read, **share), plan, strict=True):
         logits = score_step(weights, sharding.put_batch(batch, mesh))

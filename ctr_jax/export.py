@@ -160,6 +160,7 @@ def example(data: PreparedData, requests: int, candidates: int, history_length: 
         candidate={name: repeated(values) for name, values in batch.candidate.items()},
         candidate_mask=repeated(batch.candidate_mask),
         label=repeated(batch.label),
+        weight=None,
     )
 
 

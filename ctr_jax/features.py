@@ -44,6 +44,7 @@ class DataSpec:
       vocabularies: {name: number of rows, reserved ids included}.
       max_candidates: C of a record.
       inline_history: L of histories kept inside the records; 0 = they live in the history store.
+      weighted: whether candidates have weights (RequestBatch.weight).
       content_hash: sha256 of everything the data set holds; checkpoints and results record it.
       splits: {split: number of records}.
       encoding: what ids and dense values mean: {"columns": ["group/name kind vocabulary", ...],
@@ -59,6 +60,7 @@ class DataSpec:
     content_hash: str = ""
     splits: dict[str, int] = dataclasses.field(default_factory=dict)
     encoding: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weighted: bool = False
 
     @property
     def encoding_hash(self) -> str:

@@ -17,15 +17,22 @@ def candidate_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return labels * jax.nn.softplus(-logits) + (1 - labels) * jax.nn.softplus(logits)
 
 
-def loss_denominator(mask: jax.Array, per_request: bool = False) -> jax.Array:
+def loss_denominator(
+    mask: jax.Array, per_request: bool = False, weights: jax.Array | None = None
+) -> jax.Array:
     """What `binary_cross_entropy` divides by: the valid candidates, or the rows that have one.
 
     Args:
       mask: [B, C] bool, of the global batch.
+      weights: [B, C]; candidates count by them, rows if one is more than 0.
     Returns:
-      float32 scalar, at least 1, so that an empty batch has loss 0.
+      float32 scalar, more than 0, so that an empty batch has loss 0.
     """
-    counted = jnp.any(mask, axis=1) if per_request else mask.astype(bool)
+    if weights is not None and not per_request:
+        total = jnp.sum(jnp.where(mask, weights, 0), dtype=jnp.float32)
+        return jnp.where(total > 0, total, 1.0)
+    counted = mask.astype(bool) if weights is None else mask.astype(bool) & (weights > 0)
+    counted = jnp.any(counted, axis=1) if per_request else counted
     # Counted as int32: a float32 sum of ones is not exact beyond 2**24.
     return jnp.maximum(jnp.sum(counted, dtype=jnp.int32), 1).astype(jnp.float32)
 
@@ -35,6 +42,7 @@ def binary_cross_entropy(
     labels: jax.Array,
     mask: jax.Array,
     *,
+    weights: jax.Array | None = None,
     per_request: bool = False,
     denominator: jax.Array | None = None,
 ) -> jax.Array:
@@ -48,6 +56,7 @@ def binary_cross_entropy(
       logits: [B, C]; padded positions may hold anything, NaN included, in value and gradient.
       labels: [B, C] in {0, 1}.
       mask: [B, C] bool, the valid candidates.
+      weights: [B, C], 0 or more; means become weighted means, so that their scale changes nothing.
       per_request: False: sum over valid candidates / their number. True: the mean over a row's
         valid candidates, averaged over the rows that have any, so that a request with many
         candidates weighs no more than one with few (rows of a split request count apart).
@@ -61,10 +70,12 @@ def binary_cross_entropy(
         )
     mask = mask.astype(bool)
     if denominator is None:
-        denominator = loss_denominator(mask, per_request)
+        denominator = loss_denominator(mask, per_request, weights)
     # Replaced before the loss, not after: otherwise a NaN at padding gets through the gradient.
     losses = candidate_losses(jnp.where(mask, logits, 0), jnp.where(mask, labels, 0))
-    losses = jnp.where(mask, losses, 0)
+    counts = mask if weights is None else jnp.where(mask, weights, 0)
+    losses = losses * counts
     if per_request:
-        losses = jnp.sum(losses, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+        of_row = jnp.sum(counts, axis=1)
+        losses = jnp.sum(losses, axis=1) / jnp.where(of_row > 0, of_row, 1)
     return jnp.sum(losses) / denominator

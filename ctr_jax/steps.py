@@ -116,6 +116,7 @@ def empty_batch(spec: DataSpec, rows: int, history_length: int) -> RequestBatch:
         behaviour_mask=np.zeros(leading["behaviour"], bool),
         candidate_mask=np.zeros(leading["candidate"], bool),
         label=np.zeros(leading["candidate"], np.float32),
+        weight=np.zeros(leading["candidate"], np.float32) if spec.weighted else None,
     )
 
 
@@ -260,6 +261,7 @@ def _gradients(experiment: Experiment, has_statistics: bool) -> Callable:
             logits,
             batch.label,
             batch.candidate_mask,
+            weights=batch.weight,
             per_request=config.loss.per_request,
             denominator=denominator,
         )
@@ -291,8 +293,9 @@ def _gradients(experiment: Experiment, has_statistics: bool) -> Callable:
     value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
 
     def gradients(params, model_state, embedded, rng):
-        mask = embedded.batch.candidate_mask
-        denominator = losses.loss_denominator(mask, config.loss.per_request)
+        denominator = losses.loss_denominator(
+            embedded.batch.candidate_mask, config.loss.per_request, embedded.batch.weight
+        )
         vectors, rows = embedded.vectors, embedded.rows
         if parts == 1:
             (loss, (logloss, model_state)), grads = value_and_grad(

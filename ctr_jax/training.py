@@ -40,7 +40,8 @@ def train(config: ConfigDict, workdir: str | Path, *, resume_anyway: bool = Fals
         have to fit.
     Returns:
       {"step", "seconds", "examples_per_second", "valid": metrics of the last checkpoint that was
-      measured and its "step", {} where none was}; and "stopped": True where SIGTERM ended it.
+      measured and its "step", {} where none was}; "stopped": True where SIGTERM ended it, and
+      "no_better_since": the best step where `config.patience` did.
     Raises:
       ConfigError: the page cannot mean what it says.
       ConfigMismatch: the workdir's checkpoints belong to another model, data set or optimizer, or
@@ -86,13 +87,14 @@ def _train(
     start = int(state["step"])
     train_step = steps.train_step(experiment, warm_start.updates_before(whoami))
     done_path, about_path = workdir / "train_done.json", workdir / "config.json"
-    finished = read_json(done_path) if start >= total else {}
+    ended = _ended(config, checkpoints, start)
+    finished = read_json(done_path) if start >= total or ended is not None else {}
     if start:
         _log_other_end(config, start, total, read_json(about_path).get("resolved_total"))
     processes.barrier("read")  # by all, before the first writes
     if processes.first():
         checkpoints.forget_measures(start)
-        if start < total:
+        if not finished:
             done_path.unlink(missing_ok=True)
         about = {"data_hash": data.spec.content_hash, "encoding_hash": data.spec.encoding_hash}
         about |= {"resolved_total": total, **warm_start.origin(whoami)}
@@ -132,7 +134,8 @@ def _train(
         is_measured = processes.from_first(np.array(bool(valid)))
         if config.validate and start and due(start) and not is_measured:
             valid = measure(start, state)  # the start before this one ended too early for it
-        while step < total and not stopped:
+            ended = _ended(config, checkpoints, start)
+        while step < total and not stopped and ended is None:
             step += 1
             profile.before(step - start)
             batch = window.next_batch(batches)
@@ -152,6 +155,7 @@ def _train(
                 checkpoints.save(state, whoami)
                 if config.validate and not stopped:
                     valid = measure(step, state)
+                    ended = _ended(config, checkpoints, step)
                 window.restart_clock()
             checkpoints.settle()
         checkpoints.prune()  # what is said to be done, or to be saved on SIGTERM, is written
@@ -163,6 +167,8 @@ def _train(
         "examples_per_second": round(window.rate(), 1),
         "valid": valid,
     }
+    if ended is not None and step < total:
+        done["no_better_since"] = ended
     if finished.get("step") == step:  # nothing was trained: what the run that did it took, stays
         done = {**finished, "valid": valid or finished["valid"]}
     if processes.first() and not stopped:
@@ -170,8 +176,19 @@ def _train(
     return {**done, "stopped": True} if stopped else done
 
 
+def _ended(config: ConfigDict, checkpoints: Checkpoints, step: int) -> int | None:
+    """The best step, if `config.patience` steps up to `step` were measured after it."""
+    if not config.patience:
+        return None
+    best, after = checkpoints.since_best(step) if processes.first() else (None, 0)
+    found = processes.from_first(np.array(best if after >= config.patience else -1))
+    return int(found) if found >= 0 else None
+
+
 def last_words(done: dict, workdir: str | Path) -> str:
     """What a run says of itself at its end, of what `train` returned."""
+    if (best := done.get("no_better_since")) is not None:
+        return f"ended by config.patience, no checkpoint is better than that of step {best}: {done}"
     if not done.get("stopped"):
         return f"done: {done}"
     measured = f"; validation was last of step {done['valid']['step']}" if done["valid"] else ""

@@ -110,6 +110,7 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             vocabularies={},
             max_candidates=plan.max_candidates,
             inline_history=plan.inline_history,
+            weighted=plan.weighted,
         )
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -277,7 +278,7 @@ class PreparedBuilder(FileReaderBuilder, abc.ABC, skip_registration=True):
             self.spec(), vocabularies=report["vocabularies"], splits=report["records"]
         )
         fields = dataclasses.asdict(spec)
-        del fields["encoding"]  # follows from what is hashed already
+        del fields["encoding"], fields["weighted"]  # follow from what is hashed already
         self._digest.update(json.dumps(fields, sort_keys=True).encode())
         encoding = {
             "columns": [f"{f.key} {f.kind} {f.column.vocabulary}".rstrip() for f in plan.fields],

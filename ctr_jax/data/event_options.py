@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "time_unit": "s",  # or ms, us; date-times are floored to it
     "time_floor": 0,  # seconds; every stored time is floored to a multiple of it
     "label": "label",  # 0 or 1 (or a condition), read where the event is a target
+    "weight": "",  # of a target in losses and metrics, a number of 0 or more; "" = all alike
     "is_behaviour": "TRUE",  # events that enter the history of later requests
     # "event" (each its own), "time" (of one user at one time), a number of seconds (of one user in
     # one time bucket, at the time of its first event) or SQL of a request id.
@@ -134,8 +135,9 @@ def event_columns(options: Mapping[str, Any]) -> dict[str, str]:
 
 def event_expressions(options: Mapping[str, Any]) -> dict[str, str]:
     """{option: SQL over an event and its item}."""
-    names = ("user", "time", "label", "is_behaviour", "train", "valid", "test", "request")
-    found = {name: str(options[name]) for name in names if options[name] or name != "valid"}
+    optional = ("weight", "valid")
+    names = ("user", "time", "label", "weight", "is_behaviour", "train", "valid", "test", "request")
+    found = {name: str(options[name]) for name in names if options[name] or name not in optional}
     if is_given_request(options):
         del found["request"]
     columns = event_columns(options).items()

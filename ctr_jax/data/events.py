@@ -46,6 +46,7 @@ from ctr_jax.data.raw_types import FLOATS, is_nan, no_id, not_of_type, refuse_li
 from ctr_jax.data.row_checks import check_rows, equal, unique_key
 from ctr_jax.data.sql import own, sql_name
 
+LARGEST_WEIGHT = 1_000_000
 # Beside raw columns, of which any name may be.
 _ITEM, _USER, _POSITION, _ROW = own("item"), own("user"), own("position"), own("row")
 
@@ -92,6 +93,7 @@ class Events(PreparedBuilder, skip_registration=True):
             min_count=options["min_count"],
             valid_fraction=options["valid_fraction"],
             own_valid=bool(options["valid"]),
+            weighted=bool(options["weight"]),
         )
 
     @staticmethod
@@ -120,7 +122,11 @@ class Events(PreparedBuilder, skip_registration=True):
             "raw_events",
             find_files(options["raw_dir"], options["events"]),
             report,
-            numeric=[column_of(con, str(options[name])) for name in ("time", "label")],
+            numeric=[
+                column_of(con, str(options[name]))
+                for name in ("time", "label", "weight")
+                if options[name]
+            ],
             **how,
         )
         source, tables = self._source(con, options, events, report, how)
@@ -140,6 +146,8 @@ class Events(PreparedBuilder, skip_registration=True):
         else:
             request_key = f", ({request}) AS request_key"
         columns = "".join(f', ({sql}) AS "{key}"' for key, sql in event_columns(options).items())
+        if options["weight"]:
+            columns += f", {_number(options['weight'])} AS weight"
         con.execute(
             f"""
             CREATE OR REPLACE VIEW good_events AS
@@ -253,9 +261,8 @@ def _with_values(
 
     DuckDB takes such an expression neither in WHERE nor in TRY, which the row checks need.
     """
-    names = ("label", "train", "valid", "test") + (
-        () if is_given_request(options) else ("request",)
-    )
+    names = ["label", "weight", "train", "valid", "test"]
+    names += [] if is_given_request(options) else ["request"]
     found = {name: options[name] for name in names if looks_elsewhere(con, str(options[name]))}
     if not found:
         return options, source
@@ -291,7 +298,7 @@ def _event_checks(
     """The row checks of the events, as of check_rows."""
     user, time, label = (f"({options[k]})" for k in ("user", "time", "label"))
     value = time_value(con, options, time, source)
-    number = f"TRY_CAST(TRY({label}) AS DOUBLE)"
+    number = _number(options["label"])
     target = f"({target_range(options)}) IS NOT NULL"
     checks = {
         "missing user": (_missing(con, user, source, "data.user"), user),
@@ -303,6 +310,12 @@ def _event_checks(
             f"TRY({label})",
         ),
     }
+    if options["weight"]:
+        weight = _number(options["weight"])
+        checks[f"weight not from 0 to {LARGEST_WEIGHT:,}"] = (
+            f"{target} AND ({weight} IS NULL OR NOT {weight} BETWEEN 0 AND {LARGEST_WEIGHT})",
+            f"TRY({options['weight']})",
+        )
     if not is_given_request(options):
         request = f"({options['request']})"
         missing = _missing(con, request, source, "data.request")
@@ -322,6 +335,11 @@ def _event_checks(
         if kind != "VARCHAR" == type_of(con, sql, source):
             checks[what] = (not_of_type(f"({sql})", kind), f"({sql})")
     return checks
+
+
+def _number(sql: str) -> str:
+    """SQL of an expression as a DOUBLE, NULL where it is none."""
+    return f"TRY_CAST(TRY({sql}) AS DOUBLE)"
 
 
 def _missing(con: duckdb.DuckDBPyConnection, sql: str, source: str, option: str) -> str:

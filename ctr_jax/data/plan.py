@@ -4,7 +4,8 @@ A builder ingests raw files into a scratch DuckDB database and defines three vie
 
     impressions  user_key, order_time (any number; sorts), time (int32 seconds), seq (file order),
                  request_key (only for request = "key"), range ("train", "valid", "test" or NULL =
-                 not a target), label (0 or 1), one "context/<name>" or "candidate/<name>" per field
+                 not a target), label (0 or 1), weight (0 or more; only where weighted), one
+                 "context/<name>" or "candidate/<name>" per field
     behaviours   user_key, order_time, time, seq, keep (BOOLEAN: belongs to the history), one
                  "behaviour/<name>" per field
     users        user_key (unique), one "user/<name>" per field
@@ -88,6 +89,7 @@ class Plan:
       min_count: values seen less often in training are out-of-vocabulary.
       valid_fraction: the share of the training range's requests, its last by time, that become
         valid, unless the impressions name a valid range themselves.
+      weighted: impressions have a weight.
       own_valid: the impressions must name it: without any of valid the log is refused.
     """
 
@@ -102,6 +104,7 @@ class Plan:
     min_count: int = 2
     valid_fraction: float = 0.05
     own_valid: bool = False
+    weighted: bool = False
 
     def __post_init__(self) -> None:
         if self.request not in ("event", "time", "key"):

@@ -33,7 +33,8 @@ def record_dtype(spec: DataSpec) -> np.dtype:
     """The packed little-endian structure of one record.
 
     Fields, in order: user, end, request_id, request_time (int32), user/<name>, context/<name>
-    (int32 ids or float32 values), candidate/<name> [C], label [C] uint8, num_candidates int32; with
+    (int32 ids or float32 values), candidate/<name> [C], label [C] uint8, with weights weight [C]
+    float32, num_candidates int32; with
     inline histories also behaviour/<name> [L] and behaviour_time [L] int32, right-aligned, and
     num_behaviours int32.
     """
@@ -43,7 +44,9 @@ def record_dtype(spec: DataSpec) -> np.dtype:
         fields += [(f"{group}/{c.name}", value[c.kind]) for c in spec.group(group)]
     candidates = (spec.max_candidates,)
     fields += [(f"candidate/{c.name}", value[c.kind], candidates) for c in spec.group("candidate")]
-    fields += [("label", "u1", candidates), ("num_candidates", "<i4")]
+    fields += [("label", "u1", candidates)]
+    fields += [("weight", "<f4", candidates)] if spec.weighted else []
+    fields += [("num_candidates", "<i4")]
     if spec.inline_history:
         history = (spec.inline_history,)
         fields += [(f"behaviour/{c.name}", "<i4", history) for c in spec.group("behaviour")]
@@ -114,13 +117,19 @@ class PackedRequest(tfds.features.FeatureConnector):
             "columns": [dataclasses.asdict(c) for c in self.spec.columns],
             "max_candidates": self.spec.max_candidates,
             "inline_history": self.spec.inline_history,
+            "weighted": self.spec.weighted,
         }
 
     @classmethod
     def from_json_content(cls, value: Mapping[str, Any], doc: Any = None) -> PackedRequest:
         columns = tuple(DataColumn(**c) for c in value["columns"])
         spec = DataSpec(
-            value["name"], columns, {}, value["max_candidates"], value["inline_history"]
+            value["name"],
+            columns,
+            {},
+            value["max_candidates"],
+            value["inline_history"],
+            weighted=value.get("weighted", False),
         )
         return cls(spec, doc=doc)
 
@@ -276,6 +285,7 @@ class Requests:
             candidate=columns("candidate"),
             candidate_mask=candidate_mask,
             label=rows["label"].astype(np.float32),
+            weight=np.ascontiguousarray(rows["weight"]) if self.spec.weighted else None,
         )
 
     def _histories_of(

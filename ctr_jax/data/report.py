@@ -52,6 +52,7 @@ class RecordStatistics:
         self._keys = [f"{c.group}/{c.name}" for c in columns if c.kind == "id"]
         self._counts = {id: dict.fromkeys(self._keys, 0) for id in (OOV, MISSING)}
         self._sizes = {"records": 0, "candidates": 0, "clicks": 0}
+        self._weight = 0.0 if spec.weighted else None
         self._times: list[int] = []
 
     def add(self, block: np.ndarray) -> None:
@@ -59,6 +60,8 @@ class RecordStatistics:
         self._sizes["records"] += len(block)
         self._sizes["candidates"] += int(block["num_candidates"].sum())
         self._sizes["clicks"] += int(block["label"].sum(dtype=np.int64))
+        if self._weight is not None:
+            self._weight += float(block["weight"].sum(dtype=np.float64))
         times = block["request_time"]
         self._times = [min([*self._times, int(times.min())]), max([*self._times, int(times.max())])]
         for key in self._keys:
@@ -67,7 +70,8 @@ class RecordStatistics:
                 counts[key] += int(np.count_nonzero(ids == id))
 
     def report(self) -> dict[str, Any]:
-        """Number and share of label 1, first and last request, {column: share} of unknown values.
+        """Number and share of label 1, mean weight of candidates where they have one, first and
+        last request, {column: share} of unknown values.
 
         Shares of user and context columns are of records, those of candidate columns of candidates.
         """
@@ -77,9 +81,12 @@ class RecordStatistics:
             of = {k: "candidates" if k.startswith("candidate/") else "records" for k in counts}
             return {k: round(n / max(1, sizes[of[k]]), 4) for k, n in counts.items()}
 
+        candidates = max(1, sizes["candidates"])
+        weight = self._weight
         return {
             "clicks": sizes["clicks"],
-            "click_rate": round(sizes["clicks"] / max(1, sizes["candidates"]), 4),
+            "click_rate": round(sizes["clicks"] / candidates, 4),
+            **({} if weight is None else {"mean_weight": round(weight / candidates, 4)}),
             "times": period(*self._times) if self._times else [],
             "out_of_vocabulary": shares(self._counts[OOV]),
             "missing": shares(self._counts[MISSING]),
@@ -97,7 +104,8 @@ def period(first: int, last: int) -> list[str]:
 def summary(spec: DataSpec, report: Mapping[str, Any]) -> str:
     """The tables that a preparation prints."""
     parts = [f"prepared {spec.name}: {report['users']:,} users, hash {spec.content_hash[:12]}"]
-    names = ("impressions", "requests", "records", "clicks", "click_rate")
+    names = ["impressions", "requests", "records", "clicks", "click_rate"]
+    names += ["mean_weight"] if spec.weighted else []
     splits: dict[str, dict[str, Any]] = {s: {k: report[k][s] for k in names} for s in spec.splits}
     for name, times in report["times"].items():
         splits.setdefault(name, {}).update(zip(("first (UTC)", "last (UTC)"), times, strict=False))

@@ -259,6 +259,7 @@ def split_records(
       request_order [N], the records [N] and their raw keys.
     """
     select = "".join(f", {e.sql('i')}" for e in encoders)
+    select += ", i.weight" if plan.weighted else ""
     end, join = "", ""
     if plan.ties == "order":
         end, join = ', e."end"', f"JOIN {from_parquet(ends)} e ON e.seq = i.seq"
@@ -346,6 +347,8 @@ def _fill(
     for field in plan.group("candidate"):
         records[field.key][record, slot] = rows[field.key]
     records["label"][record, slot] = rows["label"]
+    if plan.weighted:
+        records["weight"][record, slot] = rows["weight"]
     records["num_candidates"] = np.bincount(record, minlength=len(records))
     raw_rows = np.full((len(head), c), NO_ROW)
     raw_rows[record, slot] = rows["seq"]

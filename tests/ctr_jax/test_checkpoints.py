@@ -12,10 +12,9 @@ from ctr_jax.checkpoints import (
     MARKER_SECONDS,
     Checkpoints,
     ConfigMismatch,
-    best_step,
     refuse_mismatch,
-    steps_to_delete,
 )
+from ctr_jax.measures import best_step, steps_to_delete
 
 IDENTITY = {"data": "abc", "model": {"width": 32, "branches": [1, 2]}}
 

@@ -43,6 +43,24 @@ def test_loss_equals_a_loop(batch, per_request):
     np.testing.assert_allclose(found, looped(logits, labels, mask, per_request), rtol=2e-6)
 
 
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(batches(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_a_weight_is_a_number_of_times(batch, per_request, seed):
+    logits, labels, mask = batch
+    weights = np.random.default_rng(seed).integers(0, 4, mask.shape)
+    times = np.where(mask, weights, 0)
+    width = max(times.sum(1).max(), 1)
+    again = [np.zeros((len(mask), width), np.float32) for _ in range(3)]
+    for repeated, values in zip(again, (logits, labels, mask), strict=True):
+        for row, of_row, n in zip(repeated, values, times, strict=True):
+            row[: n.sum()] = np.repeat(of_row, n)
+    weights = np.where(mask, weights * 1.5, np.nan)  # of which the scale does not matter
+    found = losses.binary_cross_entropy(*batch, weights=weights, per_request=per_request)
+    expected = looped(again[0], again[1], again[2] > 0, per_request)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+
 @pytest.mark.parametrize("per_request", [False, True])
 def test_gradient_and_padding(per_request):
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from ctr_jax import embedding, manifests, sharding, steps
 from ctr_jax.checkpoints import Checkpoints, ConfigMismatch
 from ctr_jax.config import ConfigError
 from ctr_jax.data import open_data, pipeline
-from ctr_jax.training import NonFiniteLoss, train
+from ctr_jax.training import NonFiniteLoss, last_words, train
 
 
 def final_state(config, workdir, step=None):
@@ -259,6 +259,39 @@ def test_a_finished_run_given_again_keeps_what_it_took(small_config, tmp_path):
     assert train(small_config, tmp_path)["step"] == json.loads(path.read_text())["step"] == 6
     small_config.total_steps = 7
     assert train(small_config, tmp_path)["step"] == json.loads(path.read_text())["step"] == 7
+
+
+@pytest.mark.parametrize("metric", ["valid/auc", "-valid/logloss"])
+def test_patience_ends_a_run_and_a_resumed_one_at_the_same_step(
+    small_config, tmp_path, monkeypatch, metric
+):
+    # By checkpoint: the second is the best, the third as good, the fourth and fifth are worse.
+    script = {1: 0.6, 2: 0.7, 3: 0.7, 4: 0.65, 5: 0.5, 6: 0.9}
+    step_of = lambda state: int(state["step"])  # noqa: E731
+    monkeypatch.setattr(
+        "ctr_jax.training._validate",
+        lambda config, data, mesh, score_step, state: {
+            "auc": script[step_of(state)], "logloss": 1 - script[step_of(state)]
+        },
+    )  # fmt: skip
+    small_config.checkpoint_steps, small_config.keep_last = 1, 6
+    small_config.best_metric, small_config.patience = metric, 3
+    done = train(small_config, tmp_path / "whole")
+    assert (done["step"], done["no_better_since"]) == (5, 2)
+    assert "no checkpoint is better than that of step 2" in last_words(done, tmp_path)
+    assert json.loads((tmp_path / "whole" / "train_done.json").read_text()) == done
+    assert train(small_config, tmp_path / "whole") == done  # given again: over
+
+    small_config.total_steps = 4
+    assert "no_better_since" not in train(small_config, tmp_path / "parts")
+    small_config.total_steps = 6
+    assert train(small_config, tmp_path / "parts")["step"] == 5
+    small_config.patience = 4
+    done = train(small_config, tmp_path / "parts")
+    assert done["step"] == 6 and "no_better_since" not in done
+    small_config.validate = False
+    with pytest.raises(ConfigError, match="patience needs config.validate"):
+        train(small_config, tmp_path / "none")
 
 
 def test_another_end_of_a_decaying_schedule_is_said(small_config, tmp_path, caplog):

@@ -195,8 +195,11 @@ def test_a_loss_in_tiles_equals_that_of_the_logits(default, rows):
 
     def loss_of(logits, batch, denominator):
         return losses.binary_cross_entropy(
-            logits, batch.label, batch.candidate_mask, denominator=denominator
+            logits, batch.label, batch.candidate_mask, weights=batch.weight, denominator=denominator
         )
+
+    weight = np.random.default_rng(3).uniform(0, 5, (6, C)).astype(np.float32)
+    embedded = embedded.replace(batch=embedded.batch.replace(weight=weight))
 
     def plain(variables, vectors, denominator):
         logits, _ = module.apply(variables, embedded.replace(vectors=vectors), True)

@@ -138,6 +138,9 @@ def prepare(
                         "request_id": number,
                         "request_time": head["request_time"],
                         "label": [r["label"] for r in piece],
+                        **(
+                            {"weight": [r["weight"] for r in piece]} if "weight" in piece[0] else {}
+                        ),
                     }
                     for key in columns:
                         if key.startswith("user/"):

@@ -107,7 +107,8 @@ def test_labels_from_the_users_own_rows_and_a_column_that_a_file_lacks(tmp_path)
         del event["tab"]
     raw_logs.write(tmp_path / "raw", log, "parquet", parts=2)
     later = 'lead(rating) OVER (PARTITION BY "user" ORDER BY ts, e.rowid)'
-    config = test_events.config(tmp_path, label=f"coalesce({later} >= 4, FALSE)", user='e."user"')
+    label = f"coalesce({later} >= 4, FALSE)"
+    config = test_events.config(tmp_path, label=label, user='e."user"', weight="1.5 * rating")
     compare(config, tmp_path, (3,))
     config["label"] = "count(*) OVER (PARTITION BY session) > 5"
     with pytest.raises(DataError, match="data.label 'count.* may look at rows of other users"):
