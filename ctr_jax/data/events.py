@@ -276,7 +276,7 @@ def _with_values(
 
 def _check_within_users(options: Mapping[str, Any], tables: Mapping[str, str]) -> None:
     """Raises DataError if SQL may look at other users' rows of tables that are cut by user."""
-    with duckdb.connect() as con:
+    with duckdb.cursor() as con:
         for option, sql in all_expressions(options).items():
             if may_leave_user(con, sql, options["user"], tables):
                 raise DataError(

@@ -54,7 +54,7 @@ def check_alone(expressions: Mapping[str, str]) -> None:
     Raises:
       DataError: one isn't.
     """
-    with duckdb.connect() as con:
+    with duckdb.cursor() as con:
         for option, sql in expressions.items():
             if flaw := _flaw(con, sql):
                 raise DataError(f"data.{option} {sql!r}: {flaw}")
