@@ -17,33 +17,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-def rows(path: Path, fields: int) -> list[list[str]]:
+def rows(path: Path, *kinds: type) -> list[tuple]:
     """The lines of a .dat file, split at "::". Raises SystemExit at one with other fields."""
+    if not path.exists():
+        raise SystemExit(f"{path}: no such file; unzip ml-1m.zip there")
     found = []
     with open(path, encoding="latin-1") as file:
         for number, line in enumerate(file, 1):
             row = line.rstrip("\r\n").split("::")
-            if len(row) != fields:
-                raise SystemExit(f"{path}:{number}: {len(row)} fields, not {fields}: {line!r}")
-            found.append(row)
+            if len(row) != len(kinds):
+                raise SystemExit(f"{path}:{number}: {len(row)} fields, not {len(kinds)}: {line!r}")
+            try:
+                found.append(tuple(kind(text) for kind, text in zip(kinds, row, strict=True)))
+            except ValueError as error:
+                raise SystemExit(f"{path}:{number}: {error}") from None
     return found
 
 
 def convert(source: Path, out: Path) -> tuple[int, int]:
     """Writes both files; returns the numbers of ratings and of users."""
-    genres = {int(item): names for item, _, names in rows(source / "movies.dat", 3)}
-    ratings = [tuple(map(int, row)) for row in rows(source / "ratings.dat", 4)]
+    genres = {item: names for item, _, names in rows(source / "movies.dat", int, str, str)}
+    ratings = rows(source / "ratings.dat", int, int, int, int)
     ratings.sort(key=lambda row: (row[0], row[3]))  # stable
+    if unknown := sorted({row[1] for row in ratings} - set(genres)):
+        raise SystemExit(f"{source / 'ratings.dat'}: movies.dat lacks {unknown[:5]}")
     user, item, rating, ts = map(list, zip(*ratings, strict=True))
     events = {"user": user, "item": item, "genres": [genres[i] for i in item], "rating": rating,
               "ts": ts}  # fmt: skip
-    users = rows(source / "users.dat", 5)
-    of_users = {
-        "user": [int(row[0]) for row in users],
-        "gender": [row[1] for row in users],
-        "age": [int(row[2]) for row in users],
-        "occupation": [int(row[3]) for row in users],
-    }
+    users = rows(source / "users.dat", int, str, int, int, str)
+    columns = map(list, zip(*users, strict=True))
+    of_users = dict(zip(("user", "gender", "age", "occupation"), columns, strict=False))
     out.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(events), out / "events.parquet")
     pq.write_table(pa.table(of_users), out / "users.parquet")

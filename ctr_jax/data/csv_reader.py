@@ -8,7 +8,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
-from ctr_jax.data.raw_files import first_line, is_gzip
+from ctr_jax.data.raw_files import compression, first_line
 from ctr_jax.data.sql import sql_path, sql_text
 
 WRONG_TYPE = "value of the wrong type"
@@ -41,8 +41,7 @@ def reader(
         f"nullstr = [{', '.join(map(sql_text, nulls))}], null_padding = false, "
         "hive_partitioning = false"
     )
-    if is_gzip(path):
-        options += ", compression = 'gzip'"  # .GZ as well
+    options += f", compression = {sql_text(compression(path) or 'none')}"
     return lambda extra: f"read_csv({sql_path(path)}, {options}, {extra})"
 
 

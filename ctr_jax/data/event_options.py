@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "types": {},  # DuckDB types of columns that the first rows, or files, do not tell
     "user": "user",
     "time": "time",  # a number in time_unit, or a date-time, which without a zone is UTC's
-    "time_unit": "s",
+    "time_unit": "s",  # or ms, us; date-times are floored to it
     "time_floor": 0,  # seconds; every stored time is floored to a multiple of it
     "label": "label",  # 0 or 1 (or a condition), read where the event is a target
     "weight": "",  # of a target in losses and metrics, a number of 0 or more; "" = all alike
@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "kinds": {},  # {"group/column": "quantile" | "standard"}; the others are ids
     "vocabularies": {},  # {"group/column": vocabulary}; columns of one name share one
 }
-_PRIOR = {"file", "user", "items", "time", "behaviour"}
+_PRIOR = ("file", "user", "items", "time")  # and, optionally, behaviour
 _RENAMED = {"items": "item_table", "users": "user_table"}  # ConfigDict has a method `items`
 
 
@@ -67,10 +67,13 @@ def complete(options: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(f"data.time_unit is {full['time_unit']!r}; use one of {sorted(UNITS)}")
     if not full["train"] or not full["test"]:
         raise DataError("data.train and data.test must say which events are targets of which split")
-    unknown = sorted(set(full["prior"]) - _PRIOR)
-    if unknown:
-        raise DataError(f"data.prior has no options {unknown}; it knows {sorted(_PRIOR)}")
-    full["request"] = _request(full["request"])
+    for name, default in DEFAULTS.items():
+        if isinstance(default, dict) and not isinstance(full[name], Mapping):
+            raise DataError(f"data.{name} is {full[name]!r}; use a dict, {{}} for nothing")
+    _check_prior(full["prior"], full["behaviour"])
+    if _number(full["request"]) is not None:
+        full["request"] = _whole_seconds("request", full["request"], 1)
+    full["time_floor"] = _whole_seconds("time_floor", full["time_floor"], 0)
     return full
 
 
@@ -88,14 +91,31 @@ def check_types(options: Mapping[str, Any]) -> None:
         raise DataError(f"data.types names {unknown}; the raw tables have {sorted(known)}")
 
 
-def _request(request: Any) -> Any:
-    """A number of seconds as an int, which a command line gives as text; the others unchanged."""
+def _check_prior(prior: Mapping[str, Any], behaviour: Mapping[str, Any]) -> None:
+    """Raises DataError if prior histories are given by half or for columns that there are not."""
+    if unknown := sorted(set(prior) - {*_PRIOR, "behaviour"}):
+        raise DataError(f"data.prior has no options {unknown}; it knows {[*_PRIOR, 'behaviour']}")
+    if prior and (missing := [name for name in _PRIOR if not prior.get(name)]):
+        raise DataError(f"data.prior lacks {missing}")
+    if unknown := sorted(set(prior.get("behaviour", ())) - set(behaviour)):
+        raise DataError(
+            f"data.prior.behaviour names {unknown}; the columns of data.behaviour are "
+            f"{sorted(behaviour)}"
+        )
+
+
+def _number(value: Any) -> float | None:
+    """A number, which a command line gives as text; None = it is none."""
     try:
-        number = float(request)
+        return float(value)
     except (TypeError, ValueError):
-        return request
-    if not (number >= 1 and number.is_integer()):
-        raise DataError(f"data.request is {request!r}; use whole seconds, at least 1")
+        return None
+
+
+def _whole_seconds(option: str, value: Any, least: int) -> int:
+    number = _number(value)
+    if number is None or not (number >= least and number.is_integer()):
+        raise DataError(f"data.{option} is {value!r}; use whole seconds, at least {least}")
     return int(number)
 
 
@@ -115,8 +135,9 @@ def event_columns(options: Mapping[str, Any]) -> dict[str, str]:
 
 def event_expressions(options: Mapping[str, Any]) -> dict[str, str]:
     """{option: SQL over an event and its item}."""
+    optional = ("weight", "valid")
     names = ("user", "time", "label", "weight", "is_behaviour", "train", "valid", "test", "request")
-    found = {name: str(options[name]) for name in names if options[name]}
+    found = {name: str(options[name]) for name in names if options[name] or name not in optional}
     if is_given_request(options):
         del found["request"]
     columns = event_columns(options).items()
@@ -128,6 +149,17 @@ def user_expressions(options: Mapping[str, Any]) -> dict[str, str]:
     return {f"user_columns.{name}": str(sql) for name, sql in options["user_columns"].items()}
 
 
+def all_expressions(options: Mapping[str, Any]) -> dict[str, str]:
+    """{option: SQL} of all options that hold SQL."""
+    prior = options["prior"].get("behaviour", {}).items()
+    return {
+        "item": str(options["item"]),
+        **event_expressions(options),
+        **user_expressions(options),
+        **{f"prior.behaviour.{name}": str(sql) for name, sql in prior},
+    }
+
+
 def is_given_request(options: Mapping[str, Any]) -> bool:
     """Whether `request` is one of the ways that it names, not SQL of a request id."""
     return isinstance(options["request"], int) or options["request"] in ("event", "time")
@@ -136,9 +168,7 @@ def is_given_request(options: Mapping[str, Any]) -> bool:
 def needed_columns(con: duckdb.DuckDBPyConnection, options: Mapping[str, Any]) -> set[str] | None:
     """Columns that every raw file must have, in small letters; None = all."""
     prior = options["prior"]
-    sql = [*event_expressions(options).values(), *user_expressions(options).values()]
-    sql += [str(options["item"]), *map(str, prior.get("behaviour", {}).values())]
-    names = mentioned(con, sql, aliases=("e", "i", "p"))
+    names = mentioned(con, all_expressions(options).values(), aliases=("e", "i", "p"))
     keys = [options["items_key"], options["users_key"]]
     keys += [prior[name] for name in ("user", "items", "time") if name in prior]
     return names if names is None else names | {key.lower() for key in keys}

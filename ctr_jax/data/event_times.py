@@ -33,7 +33,7 @@ def seconds(time: str, options: Mapping[str, Any]) -> str:
 
 def stored_time(time: str, options: Mapping[str, Any]) -> str:
     """SQL of the int32 seconds that are stored, from a time in `time_unit`."""
-    whole, floor = seconds(time, options), int(options["time_floor"])
+    whole, floor = seconds(time, options), options["time_floor"]
     return (
         f"CAST({whole} // {floor} * {floor} AS INTEGER)" if floor else f"CAST({whole} AS INTEGER)"
     )

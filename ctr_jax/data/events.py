@@ -19,6 +19,7 @@ import duckdb
 from ctr_jax.data.builder import PreparedBuilder, Report
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.event_options import (
+    all_expressions,
     check_types,
     complete,
     event_columns,
@@ -30,8 +31,10 @@ from ctr_jax.data.event_options import (
 )
 from ctr_jax.data.event_times import seconds, stored_time, time_value, too_late
 from ctr_jax.data.expressions import (
+    check_alone,
     check_column,
     check_expressions,
+    column_of,
     looks_elsewhere,
     may_leave_user,
     type_of,
@@ -39,7 +42,7 @@ from ctr_jax.data.expressions import (
 from ctr_jax.data.plan import Field, Plan
 from ctr_jax.data.raw import RawTable
 from ctr_jax.data.raw_files import find_files
-from ctr_jax.data.raw_types import FLOATS, is_nan, not_of_type, refuse_lists
+from ctr_jax.data.raw_types import FLOATS, is_nan, no_id, not_of_type, refuse_lists
 from ctr_jax.data.row_checks import check_rows, equal, unique_key
 from ctr_jax.data.sql import own, sql_name
 
@@ -54,6 +57,7 @@ class Events(PreparedBuilder, skip_registration=True):
     @staticmethod
     def raw_files(options: Mapping[str, Any]) -> list[Path]:
         options = complete(options)
+        check_alone(all_expressions(options))  # here, before any process runs one of them
         files = find_files(options["raw_dir"], options["events"])
         for name in (options["item_table"], options["user_table"], options["prior"].get("file")):
             if name:
@@ -118,7 +122,11 @@ class Events(PreparedBuilder, skip_registration=True):
             "raw_events",
             find_files(options["raw_dir"], options["events"]),
             report,
-            numeric=tuple(filter(None, (options[k] for k in ("time", "label", "weight")))),
+            numeric=[
+                column_of(con, str(options[name]))
+                for name in ("time", "label", "weight")
+                if options[name]
+            ],
             **how,
         )
         source, tables = self._source(con, options, events, report, how)
@@ -204,6 +212,9 @@ class Events(PreparedBuilder, skip_registration=True):
     def _create_prior_behaviours(self, con, options, tables, report, how) -> None:
         prior = options["prior"]
         files = find_files(options["raw_dir"], prior["file"])
+        # A user is compared with the events' own, to which DuckDB would round one of another type.
+        users = {prior["user"]: type_of(con, "user_key", "good_events")}
+        how = {**how, "types": {**how["types"], **users}}
         table = self.read_table(con, "raw_prior", files, report, **how)
         for name in ("user", "items", "time"):
             check_column(f"prior.{name}", prior[name], table)
@@ -265,10 +276,8 @@ def _with_values(
 
 def _check_within_users(options: Mapping[str, Any], tables: Mapping[str, str]) -> None:
     """Raises DataError if SQL may look at other users' rows of tables that are cut by user."""
-    expressions = {"item": str(options["item"]), **event_expressions(options)}
-    expressions |= user_expressions(options)
-    with duckdb.connect() as con:
-        for option, sql in expressions.items():
+    with duckdb.cursor() as con:
+        for option, sql in all_expressions(options).items():
             if may_leave_user(con, sql, options["user"], tables):
                 raise DataError(
                     f"data.{option} {sql!r} may look at rows of other users, which other shards "
@@ -320,7 +329,8 @@ def _event_checks(
     for table, sql in (("item", f"e.{_ITEM}"), ("user", user)):
         if options[f"{table}_table"]:
             kind = type_of(con, sql_name(options[f"{table}s_key"]), f"raw_{table}s")
-            wanted[f"value that is no {kind}, as {table}s_key is"] = (sql, kind)
+            if bad := no_id(f"({sql})", type_of(con, sql, source), kind):
+                checks[f"value that is no {kind}, as {table}s_key is"] = (bad, f"({sql})")
     for what, (sql, kind) in wanted.items():
         if kind != "VARCHAR" == type_of(con, sql, source):
             checks[what] = (not_of_type(f"({sql})", kind), f"({sql})")

@@ -129,7 +129,8 @@ def load(
       types: overrides of inferred types (CSV without `columns`: BIGINT or DOUBLE where at least
         99 % of the first 20,480 rows allow it, else VARCHAR; whole numbers are never DOUBLE, which
         would merge ids of 17 digits and more).
-      numeric: columns that are numbers, or else moments, if most of those rows are.
+      numeric: columns, in small letters, that are numbers, or else moments, if most of those rows
+        are.
       nulls: CSV texts that mean missing.
       skip_files: with on_bad_row = "skip", leave out whole files that cannot be read.
       report: rows read per file and rows skipped by reason are added to it.

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import gzip
 import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctr_jax.data.errors import DataError, check_distinct
 
 _PARQUET = (".parquet", ".pq")
 _LONGEST_CELL = 1 << 30  # characters; Python's csv module stops at 131,072 unless told
+_NO_TEXT = ("\0", "\ufffd")  # the latter stands for bytes that are no UTF-8
 _SEPARATORS = ";\t|"
 
 
@@ -23,8 +24,9 @@ def is_parquet(path: Path) -> bool:
     return path.suffix.lower() in _PARQUET
 
 
-def is_gzip(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
+def compression(path: Path) -> str | None:
+    """How a CSV file is compressed, by its suffix in small or capital letters."""
+    return {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
 
 
 def find_files(raw_dir: str | Path, patterns: str | Sequence[str]) -> list[Path]:
@@ -78,6 +80,11 @@ def file_columns(path: Path) -> list[str]:
         ) from error
     if not names:
         raise DataError(f"{path}: the file is empty; expected a header line")
+    if any(mark in name for name in names for mark in _NO_TEXT):
+        raise DataError(
+            f"{path}: the header is no text in UTF-8; Parquet and compressed files are known by "
+            "their suffix, .parquet or .pq, .gz and .zst"
+        )
     if len(names) == 1 and (found := [s for s in _SEPARATORS if s in names[0]]):
         raise DataError(
             f"{path}: the header looks separated by {found[0]!r} ({names[0][:80]!r}); separate "
@@ -96,8 +103,8 @@ def open_csv(path: Path) -> Iterator[csv.reader]:
 
 
 def _open_text(path: Path) -> io.TextIOBase:
-    how = {"encoding": "utf-8-sig", "errors": "replace", "newline": ""}
-    return gzip.open(path, "rt", **how) if is_gzip(path) else open(path, **how)
+    stream = pa.input_stream(path, compression=compression(path))
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
 
 
 def first_line(error: object) -> str:

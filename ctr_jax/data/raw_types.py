@@ -22,7 +22,9 @@ from ctr_jax.data.sql import from_parquet, sql_name
 
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
 WIDE_INTEGERS = ("UBIGINT", "HUGEINT", "UHUGEINT")
-FLOATS = ("DOUBLE", "FLOAT")
+# From these numbers on, several whole numbers are one float.
+_MERGED_FROM = {"DOUBLE": 2**53, "FLOAT": 2**24}
+FLOATS = tuple(_MERGED_FROM)
 _SAMPLE_ROWS = 20_480
 _NEARLY_ALL, _MOST = 0.99, 0.5  # shares of numbers that make a CSV column a number
 # Beside what other programs write for whole numbers of a column with gaps: '2.0'.
@@ -82,7 +84,8 @@ def parquet_cell(column: str, found: str, wanted: str) -> Cell:
     if wanted == "VARCHAR" or (found in FLOATS and wanted in FLOATS):
         return Cell(column, f"CAST({name} AS {wanted})")
     if found in FLOATS and is_integer(wanted):  # NaN is a missing value
-        return Cell(column, value, f"{not_whole(name)} OR ({_finite(name)} AND {value} IS NULL)")
+        odd = f"{not_whole(name)} OR {merged(name, found)}"
+        return Cell(column, value, f"{odd} OR ({_finite(name)} AND {value} IS NULL)")
     return Cell(column, value, f"{name} IS DISTINCT FROM TRY_CAST({value} AS {found})")
 
 
@@ -113,6 +116,20 @@ def not_whole(number: str) -> str:
     """SQL predicate of floats that are no whole number of 64 bits; NaN is missing."""
     odd = f"({number} <> trunc({number}) OR abs({number}) >= 2^63)"
     return f"coalesce(NOT {is_nan(number)} AND {odd}, FALSE)"
+
+
+def merged(number: str, kind: str) -> str:
+    """SQL predicate of floats that several whole numbers are equal to, so that an id is lost."""
+    return f"coalesce(NOT {is_nan(number)} AND abs({number}) >= {_MERGED_FROM[kind]}, FALSE)"
+
+
+def no_id(value: str, kind: str, wanted: str) -> str:
+    """SQL predicate of values of type `kind` that are no ids of type `wanted`; "" = all are."""
+    if kind == "VARCHAR" != wanted:
+        return not_of_type(value, wanted)
+    if kind in FLOATS and wanted not in FLOATS:
+        return merged(value, kind)
+    return ""
 
 
 def column_types(
@@ -178,13 +195,14 @@ def _csv_types(
     found = {}
     for i, column in enumerate(named):
         whole, fit, real, moment = (share or 0.0 for share in answers[4 * i : 4 * i + 4])
-        enough = _MOST if column in numeric else _NEARLY_ALL
+        is_numeric = column.lower() in numeric
+        enough = _MOST if is_numeric else _NEARLY_ALL
         kind = "DOUBLE" if real >= enough else "VARCHAR"
         if whole >= enough and whole == real:
             # An id that is too large is an id all the same; a time or label that is, is wrong.
-            all_fit = fit == whole or (column in numeric and fit >= enough)
+            all_fit = fit == whole or (is_numeric and fit >= enough)
             kind = "BIGINT" if all_fit else "VARCHAR"
-        elif column in numeric and kind == "VARCHAR" and moment >= enough:
+        elif is_numeric and kind == "VARCHAR" and moment >= enough:
             kind = "TIMESTAMPTZ"  # UTC's where it has no zone
         found[column] = kind
     return found

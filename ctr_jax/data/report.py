@@ -127,11 +127,13 @@ def summary(spec: DataSpec, report: Mapping[str, Any]) -> str:
     parts.append(table("history length", report["history_lengths"]))
     if unknown := _unknown(report):
         parts.append(table("unknown", unknown))
-    if "known" in report:
-        known = {name: {"share": share} for name, share in report["known"].items()}
-        for name, number in report.get("added", {}).items():
-            known[name]["values added"] = number
-        parts.append(table("of the values for training, known", known))
+    given = {
+        name: {"share": round(1 - known, 4)} for name, known in report.get("known", {}).items()
+    }
+    for name, number in report.get("added", {}).items():
+        given[name]["added"] = number
+    if lacking := {k: row for k, row in given.items() if max(row.values()) >= SHOWN}:
+        parts.append(table("values for training that the given vocabulary lacks", lacking))
     for kind in ("skipped", "dropped"):
         if counts := {k: {"rows": n} for k, n in report[kind].items() if n}:
             parts.append(table(kind, counts))

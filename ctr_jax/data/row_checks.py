@@ -9,7 +9,7 @@ import duckdb
 
 from ctr_jax.data.errors import DataError
 from ctr_jax.data.raw import RawTable
-from ctr_jax.data.raw_types import not_of_type, refuse_lists
+from ctr_jax.data.raw_types import FLOATS, merged, no_id, refuse_lists
 from ctr_jax.data.sql import sql_name, sql_text
 
 
@@ -68,14 +68,13 @@ def unique_key(
     Args:
       kind: the DuckDB type of what is compared with it by `equal`, if not the key's own.
     Raises:
-      DataError: a key is a text that is not of that type, or two rows share a key.
+      DataError: a key is no id of that type, or two rows share a key.
     """
     refuse_lists(f"{table.files[0]}: column {column!r}", table.columns[column])
     key = sql_name(column)
-    if kind and kind != "VARCHAR" == table.columns[column]:
+    if kind and (predicate := no_id(key, table.columns[column], kind)):
         bad = con.execute(
-            f"SELECT rowid, {key} FROM {table.name} WHERE {not_of_type(key, kind)} "
-            "ORDER BY 1 LIMIT 1"
+            f"SELECT rowid, {key} FROM {table.name} WHERE {predicate} ORDER BY 1 LIMIT 1"
         ).fetchone()
         if bad is not None:
             raise DataError(
@@ -83,6 +82,7 @@ def unique_key(
                 "is; correct the row, or set data.types",
                 order=(0, table.name, bad[0]),
             )
+    if kind and kind != "VARCHAR" == table.columns[column]:
         key = f"TRY_CAST({key} AS {kind})"
     twice = con.execute(
         f"SELECT {key}, max(rowid) FROM {table.name} WHERE {key} IS NOT NULL "
@@ -98,10 +98,13 @@ def unique_key(
 def equal(left: str, left_kind: str, right: str, right_kind: str) -> str:
     """SQL of equality; a text beside another type is read as that, and equals nothing if it isn't.
 
-    DuckDB's own comparison would fail there, without the row.
+    DuckDB's own comparison would fail there, without the row; and a float beside whole numbers
+    would equal several.
     """
+    floats = [(x, kind) for x, kind in ((left, left_kind), (right, right_kind)) if kind in FLOATS]
     if left_kind == right_kind or "VARCHAR" not in (left_kind, right_kind):
-        return f"{left} = {right}"
+        exact = "".join(f" AND NOT {merged(*one)}" for one in floats if len(floats) == 1)
+        return f"{left} = {right}{exact}"
     if left_kind == "VARCHAR":
         return f"TRY_CAST({left} AS {right_kind}) = {right}"
     return f"{left} = TRY_CAST({right} AS {left_kind})"

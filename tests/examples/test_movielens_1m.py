@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
+
+from examples import movielens_1m
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {
@@ -35,9 +38,18 @@ def test_events_are_in_time_order_within_users(tmp_path):
     assert users == {"user": [1, 2], "gender": ["F", "M"], "age": [1, 56], "occupation": [10, 16]}
 
 
-def test_a_line_with_other_fields_is_named(tmp_path):
-    for name, text in FILES.items():
-        (tmp_path / name).write_text(text, encoding="latin-1")
-    (tmp_path / "ratings.dat").write_text("1::1::4\n")
-    done = convert(tmp_path, tmp_path / "out")
-    assert done.returncode == 1 and "ratings.dat:1: 3 fields, not 4" in done.stderr
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("ratings.dat", "1::1::4\n", "ratings.dat:1: 3 fields, not 4"),
+        ("ratings.dat", "1::1::4::9\n1::1::4::soon\n", "ratings.dat:2: invalid literal.*'soon'"),
+        ("ratings.dat", "1::7::4::9\n", r"ratings.dat: movies.dat lacks \[7\]"),
+        ("users.dat", None, "users.dat: no such file"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, name, text, message):
+    for file, content in {**FILES, name: text}.items():
+        if content is not None:
+            (tmp_path / file).write_text(content, encoding="latin-1")
+    with pytest.raises(SystemExit, match=message):
+        movielens_1m.convert(tmp_path, tmp_path / "out")

@@ -109,7 +109,9 @@ def test_a_bad_row_is_skipped_where_the_label_looks_at_other_rows(tmp_path):
         ("max(clicked) OVER (PARTITION BY session, e.USER)", False),
         ("max(clicked) OVER (PARTITION BY session)", True),
         ("count(*) OVER () > 3 AND clicked = 1", True),
+        ("max(clicked) OVER (PARTITION BY i.user)", True),
         (f"EXISTS ({CLICK})", True),
+        (f"EXISTS ({CLICK.replace('raw_events', 'RAW_EVENTS')})", True),
         ("price > (SELECT avg(price) FROM raw_items)", False),
         ("clicked", False),
     ],
@@ -121,6 +123,81 @@ def test_shards_of_users_refuse_what_looks_at_other_users(tmp_path, label, refus
             Events.shard_keys(options)
     else:
         assert Events.shard_keys(options)["raw_events"] == '"user"'
+
+
+# Over nothing else
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("(SELECT size FROM read_text('{}')) > 0", r"it reads read_text\(\)"),
+        ("(SELECT count(*) FROM '{}') > 0", "it reads '/.*secret.csv'"),
+        ('(WITH "{0}" AS (SELECT 1) SELECT 1) + (SELECT 1 FROM "{0}")', "it reads '/.*secret.csv'"),
+        ("(SELECT count(*) FROM duckdb_settings())", r"it reads duckdb_settings\(\)"),
+        ("(SELECT count(*) FROM main.users)", "it reads 'main.users'"),
+        ("(FROM (SHOW TABLES) SELECT count(*))", "it reads the catalogue"),
+        ("1) FROM raw_events e; COPY (SELECT 1) TO '{}'; SELECT (1", 'Parser Error.*near "\\)"'),
+        ("rating) + (1", 'Parser Error.*near "\\)"'),
+        ("rating) AS a, (1", 'Parser Error.*near "\\)"'),
+        ("rating;", "Parser Error"),
+        ("", "Parser Error"),
+        ("*", "several columns"),
+        ("e.*", "several columns"),
+        ("?", "parameter"),
+        ("unnest([1, 2])", "several rows of one"),
+        ("1 + generate_subscripts([1, 2], 1)", "several rows of one"),
+        ("random() < .5", r"random\(\) does not give the same"),
+        ("epoch(now()) > ts", r"now\(\) does not give the same"),
+        ("age(to_timestamp(ts))", r"age\(\) does not give the same"),
+        ("(SELECT max(ts) FROM raw_events TABLESAMPLE 10%)", "sample"),
+        ("current_date", "no column 'current_date'; events-0.parquet has"),
+        ("sum(rating)", "it adds up over rows"),
+    ],
+)
+def test_what_is_no_expression_over_the_log_is_refused(tmp_path, sql, message):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(3), "parquet")
+    secret = tmp_path / "secret.csv"
+    secret.write_text("a\n1\n")
+    sql = sql.format(secret)
+    options = config(tmp_path, user_table="users.parquet", item_table="items.parquet")
+    options |= {"context": {"c": sql}, "item": "e.item"}
+    with pytest.raises(DataError, match=f"data.context.c {re.escape(repr(sql))}: .*{message}"):
+        prepare(options)
+    assert secret.read_text() == "a\n1\n"
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "(SELECT max(x) FROM (SELECT unnest([e.item, 3]) AS x))",
+        "(SELECT max(x) FROM unnest([e.item, 3]) t(x))",
+        "(WITH r AS (SELECT max(e.item) OVER () AS x) SELECT greatest(x, 3) FROM r)",
+        "list_max([greatest(x, 3) for x in [e.item]])",
+        "greatest(e.item, 3) /* at least 3 */",
+    ],
+)
+def test_expressions_may_have_lists_and_subqueries_of_their_own(tmp_path, sql):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(3), "parquet")
+    found, expected = (
+        content_hash(config(tmp_path, context={"c": c})) for c in (sql, "greatest(item, 3)")
+    )
+    assert found == expected
+
+
+def test_a_log_without_the_users_column_is_not_of_a_user_called_duckdb(tmp_path):
+    log = raw_logs.draw(3)
+    for event in log["events"]:
+        event["who"] = event.pop("user")
+    raw_logs.write(tmp_path / "raw", log, "parquet")
+    with pytest.raises(DataError, match="data.user 'user': no column 'user'; events-0.parquet has"):
+        prepare(config(tmp_path, user_columns={}))
+
+
+def test_every_function_of_chance_is_known():
+    volatile = "SELECT DISTINCT function_name FROM duckdb_functions() WHERE stability = 'VOLATILE'"
+    found = {name for (name,) in duckdb.connect().execute(volatile).fetchall()}
+    assert {"random", "uuid"} <= found <= expressions.UNSTABLE | {"error"}
 
 
 # Absent columns
@@ -135,7 +212,10 @@ def test_shards_of_users_refuse_what_looks_at_other_users(tmp_path, label, refus
         ({"request": "e.sesion", "max_candidates": 2}, "data.request 'e.sesion': no column 'ses"),
         ({"item": "itm"}, "data.item 'itm': no column 'itm'"),
         ({"context": {"tab": "tap"}}, "data.context.tab 'tap': no column 'tap'"),
-        ({"behaviour": {"a": "i.autor"}}, r"data.behaviour.a 'i.autor': .*; items.parquet has \["),
+        (
+            {"behaviour": {"a": "i.autor"}, "prior": {"behaviour": {}}},
+            r"data.behaviour.a 'i.autor': .*; items.parquet has \[",
+        ),
         ({"candidate": {"item": "nothing"}}, r"data.candidate.item 'nothing': [^?]*$"),
         ({"users_key": "id"}, r"data.users_key 'id': no column 'id'; users.parquet has"),
         ({"items_key": "video"}, r"data.items_key 'video': no column 'video'; items.parquet has"),
@@ -214,6 +294,29 @@ def test_the_names_that_an_expression_mentions():
 def test_a_table_under_the_old_name_is_refused(tmp_path, old, new):
     with pytest.raises(DataError, match=f"data.{old} is data.{new}"):
         prepare(config(tmp_path, **{old: "table.parquet"}))
+
+
+PRIOR = {"file": "prior.parquet", "user": "user", "items": "seen", "time": "last"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prior": {"file": "prior.parquet", "user": "user"}}, r"data.prior lacks \['items', 'ti"),
+        ({"prior": {**PRIOR, "behaviour": {"itme": "p.item"}}}, r"behaviour names \['itme'\]; the"),
+        ({"prior": {**PRIOR, "item": "seen"}}, r"data.prior has no options \['item'\]; it knows"),
+        ({"prior": None}, "data.prior is None; use a dict"),
+        ({"candidate": "item"}, "data.candidate is 'item'; use a dict"),
+        ({"types": []}, r"data.types is \[\]; use a dict"),
+        ({"time_floor": -60}, "data.time_floor is -60; use whole seconds, at least 0"),
+        ({"time_floor": 0.5}, "data.time_floor is 0.5; use whole seconds, at least 0"),
+        ({"time_floor": "hour"}, "data.time_floor is 'hour'; use whole seconds, at least 0"),
+    ],
+)
+def test_an_option_that_would_be_left_unread_is_refused(tmp_path, changes, message):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(3), "parquet")
+    with pytest.raises(DataError, match=message):
+        prepare(config(tmp_path, **changes))
 
 
 def test_every_option_can_be_given_by_flag():

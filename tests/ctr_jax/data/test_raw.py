@@ -127,6 +127,17 @@ def test_whole_and_other_numbers_of_parquet_files_are_of_both(tmp_path):
     assert loaded([narrow, long])[0][-1] == (2**53 + 1,)
 
 
+@pytest.mark.parametrize(("kind", "first"), [(np.float64, 2**53), (np.float32, 2**24)])
+def test_a_float_that_several_whole_numbers_are_is_a_bad_row_beside_them(tmp_path, kind, first):
+    whole = parquet(tmp_path / "1.parquet", a=[1, 2])
+    lost = parquet(tmp_path / "2.parquet", a=np.array([3, first - 1, first, 4], kind))
+    with pytest.raises(DataError, match=r"2.parquet: row group 1, row 0: .*'a', which is BIGINT"):
+        loaded([whole, lost])
+    rows, _, skipped = loaded([whole, lost], "skip")
+    assert [row[0] for row in rows] == [1, 2, 3, first - 1, 4]
+    assert skipped == {"value of the wrong type": 1}
+
+
 def test_a_parquet_column_without_values_takes_the_type_of_another_file(tmp_path):
     for nothing in (pa.nulls(2), pa.array([None, None], pa.float64())):
         empty = parquet(tmp_path / "1.parquet", a=nothing, b=[1, 2])
@@ -223,6 +234,33 @@ def test_suffixes_in_capitals(tmp_path):
     assert content_hash(prepare(config(tmp_path, events="log.CSV.GZ"))) == expected
 
 
+@pytest.mark.parametrize("name", ["log.csv.zst", "log.CSV.ZST"])
+def test_zstandard_files(tmp_path, name):
+    raw_logs.write(tmp_path / "raw", raw_logs.draw(3), "csv")
+    content = (tmp_path / "raw" / "events-0.csv").read_bytes()
+    (tmp_path / "raw" / name).write_bytes(pa.compress(content, "zstd", asbytes=True))
+    found, expected = (
+        content_hash(prepare(config(tmp_path, events=events))) for events in (name, "events-0.csv")
+    )
+    assert found == expected
+    text = content.replace(b"\n", b"\nx,", 3)
+    (tmp_path / "raw" / name).write_bytes(pa.compress(text, "zstd", asbytes=True))
+    with pytest.raises(DataError, match=f"{name}: line 2: row of the wrong width"):
+        prepare(config(tmp_path, events=name))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(b"a,b\n1,2\n" * 99), b"PAR1\x15\x04\x15\x84", "a,b\n".encode("utf-16")],
+    ids=["gzip", "parquet", "utf-16"],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path, content):
+    path = tmp_path / "1.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"1.csv: the header is no text in UTF-8; .*suffix, .parq"):
+        loaded([path])
+
+
 # Headers and cells
 
 
@@ -278,7 +316,8 @@ def test_date_times_of_a_csv(tmp_path):
         raw_logs.write(directory / "raw", log, "csv")
         cut = raw_logs.TEST_FROM
         splits = {"train": f"seconds < {cut}", "test": f"seconds >= {cut}"}
-        path = prepare(config(directory, events="events-*.csv", **splits))
+        time = "ts" if zone else 'e."TS"'
+        path = prepare(config(directory, events="events-*.csv", time=time, **splits))
         if expected is None:
             raw_logs.write(tmp_path / "raw", raw_logs.draw(3), "csv")
             expected = content_hash(prepare(config(tmp_path, events="events-*.csv")))

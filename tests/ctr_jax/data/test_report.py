@@ -119,3 +119,18 @@ def test_unknown_values_are_shared_out_by_column_and_split(tmp_path, capsys):
     assert found["missing"]["valid"]["context/tab"] == round(float(missing), 4) > 0
     printed = capsys.readouterr().out
     assert "oov valid" in printed and "context/tab" in printed and "user/user_id" not in printed
+
+
+def test_what_given_vocabularies_lack_is_shown_from_one_percent_on(tmp_path, capsys):
+    written(tmp_path / "old")
+    written(
+        tmp_path / "new", lambda n, event: event.update(item=event["item"] + 1000 * (n % 4 == 0))
+    )
+    source = prepare(config(tmp_path / "old", min_count=1))
+    capsys.readouterr()
+    known = report(config(tmp_path / "new", vocabularies_from=str(source)))["known"]
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    [lacking] = [table for table in tables if "the given vocabulary lacks" in table]
+    rows = [line.split() for line in lacking.splitlines()[1:] if "warning" not in line]
+    assert known["user_id"] == 1 and 0.2 < 1 - known["item"] < 0.3
+    assert rows == [["item", str(round(1 - known["item"], 4))]]
