@@ -4,16 +4,11 @@ import atexit
 import os
 import shutil
 import tempfile
-from importlib.metadata import version
+
+from tests.compiling import CHEAP
 
 # Before jax looks for devices: the TPU compiler of the extra `test` needs none, and would be asked.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the tests' time. LLVM at its lowest level takes half of it, and of the rest
-# XLA's older emitter of fusions, where jaxlib still has it, half again. XLA's own passes are the
-# usual ones; the demo runs as users do, and so does `XLA_FLAGS= make test`.
-CHEAP = "--xla_backend_optimization_level=0"
-if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
-    CHEAP += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", CHEAP)
 
 import jax  # noqa: E402
