@@ -33,10 +33,10 @@ def start(experiment: steps.Experiment, whoami: Mapping) -> tuple[dict, dict]:
     """The state of `config.start_from` at step 0 of a new run, laid out over its mesh, and what to
     add to the new run's identity.
 
-    Args:
-      whoami: the new run's identity.
     Where vocabularies have grown since, so do the tables (growth.restore).
 
+    Args:
+      whoami: the new run's identity.
     Raises:
       ConfigError: there is no such checkpoint.
       ConfigMismatch: it is of another model, encoding or optimizer, or of arrays of other shapes.

@@ -147,7 +147,7 @@ class Events(PreparedBuilder, skip_registration=True):
             request_key = f", ({request}) AS request_key"
         columns = "".join(f', ({sql}) AS "{key}"' for key, sql in event_columns(options).items())
         if options["weight"]:
-            columns += f", {_number(options['weight'])} AS weight"
+            columns += f", {_double(options['weight'])} AS weight"
         con.execute(
             f"""
             CREATE OR REPLACE VIEW good_events AS
@@ -298,7 +298,7 @@ def _event_checks(
     """The row checks of the events, as of check_rows."""
     user, time, label = (f"({options[k]})" for k in ("user", "time", "label"))
     value = time_value(con, options, time, source)
-    number = _number(options["label"])
+    number = _double(options["label"])
     target = f"({target_range(options)}) IS NOT NULL"
     checks = {
         "missing user": (_missing(con, user, source, "data.user"), user),
@@ -311,7 +311,7 @@ def _event_checks(
         ),
     }
     if options["weight"]:
-        weight = _number(options["weight"])
+        weight = _double(options["weight"])
         checks[f"weight not from 0 to {LARGEST_WEIGHT:,}"] = (
             f"{target} AND ({weight} IS NULL OR NOT {weight} BETWEEN 0 AND {LARGEST_WEIGHT})",
             f"TRY({options['weight']})",
@@ -337,7 +337,7 @@ def _event_checks(
     return checks
 
 
-def _number(sql: str) -> str:
+def _double(sql: str) -> str:
     """SQL of an expression as a DOUBLE, NULL where it is none."""
     return f"TRY_CAST(TRY({sql}) AS DOUBLE)"
 

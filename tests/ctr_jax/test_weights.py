@@ -14,7 +14,7 @@ from ctr_jax.data.records import PreparedData
 from ctr_jax.evaluation import evaluate, score_split
 from ctr_jax.training import train
 from tests.ctr_jax.data import raw_logs, reference_preparation
-from tests.ctr_jax.data.test_events import assert_equal, config, rows_of, users_of
+from tests.ctr_jax.data.test_events import COLUMNS, assert_equal, config, rows_of, users_of
 
 
 @pytest.mark.parametrize(
@@ -28,14 +28,8 @@ def test_records_hold_the_weights_of_their_candidates(tmp_path, sql):
         row | {"weight": e["rating"] + 0.5}
         for row, e in zip(rows_of(log, request=lambda e, seq: e["ts"]), log["events"], strict=True)
     ]
-    columns = {
-        "user/user_id": ("id", "user_id"),
-        "behaviour/item": ("id", "item"),
-        "behaviour/rating": ("id", "rating"),
-        "candidate/item": ("id", "item"),
-    }
     expected = reference_preparation.prepare(
-        rows, rows, users_of(log), columns, candidates=3, ties="strict", valid_fraction=0.15
+        rows, rows, users_of(log), COLUMNS, candidates=3, ties="strict", valid_fraction=0.15
     )
     assert_equal(path, expected)
     data = PreparedData.open(path)
@@ -63,15 +57,16 @@ def test_a_step_with_weights_is_that_with_candidates_again(small_config, mesh, m
 
     def with_candidates(place, mask, weight):
         """The candidates of any request at `place`, [B, C]."""
-        requests, no = np.indices(place.shape)[0], np.zeros_like(place)
+        no = np.zeros_like(place)
         return batch.replace(
             candidate={
                 name: np.where(mask, values[place, no], 0)
                 for name, values in batch.candidate.items()
             },
-            candidate_mask=mask, label=batch.label[place, no] * mask, weight=weight,
-            request_id=batch.request_id + 0 * requests[:, 0],
-        )  # fmt: skip
+            candidate_mask=mask,
+            label=batch.label[place, no] * mask,
+            weight=weight,
+        )
 
     place = rng.integers(0, 32, (32, 3))
     times = rng.integers(0, 3, (32, 3))

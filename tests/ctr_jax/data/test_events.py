@@ -35,6 +35,15 @@ def config(directory, **changes) -> dict:
     }
 
 
+# Of that config, as reference_preparation takes them.
+COLUMNS = {
+    "user/user_id": ("id", "user_id"),
+    "behaviour/item": ("id", "item"),
+    "behaviour/rating": ("id", "rating"),
+    "candidate/item": ("id", "item"),
+}
+
+
 def rows_of(log, *, request, unit=1, floor=0, is_behaviour=lambda e: True):
     """Reference rows of the events: targets are all of them."""
     items = {i["item"]: i for i in log["items"]}
@@ -117,14 +126,8 @@ def test_order_ties_and_floored_times(tmp_path, kind):
         config(tmp_path, events=f"events-*.{kind}", ties="order", time_floor=100, max_candidates=1)
     )
     rows = rows_of(log, request=lambda e, seq: seq, floor=100)
-    columns = {
-        "user/user_id": ("id", "user_id"),
-        "behaviour/item": ("id", "item"),
-        "behaviour/rating": ("id", "rating"),
-        "candidate/item": ("id", "item"),
-    }
     expected = reference_preparation.prepare(
-        rows, rows, users_of(log), columns, candidates=1, ties="order", valid_fraction=0.15
+        rows, rows, users_of(log), COLUMNS, candidates=1, ties="order", valid_fraction=0.15
     )
     assert_equal(path, expected)
 
