@@ -36,7 +36,7 @@ BUILDERS = {
     "taobao": "ctr_jax.data.taobao:Taobao",
 }
 # Raised whenever preparation gives other files for the same options and raw files.
-FORMAT = 4
+FORMAT = 5
 # Options that say where and how, not what: they do not change the prepared data set. Of the given
 # vocabularies their content counts, and whether they grow.
 _NOT_CONTENT = tuple(name for name in COMMON if name != "builder")
